@@ -1,0 +1,194 @@
+"""The command line: ``python -m jaxgrad``."""
+
+import argparse
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxgrad import __version__
+from jaxgrad.demo.options import InvalidInput, Options
+
+SHORT_TRAIN_STEPS = 200
+
+DESCRIPTION = """\
+Checks jaxgrad's backward rules on this device, and trains a small language model with them.
+Without a command: check, then a short train."""
+EXAMPLES = """\
+examples:
+  python -m jaxgrad                          check, then train for half a minute
+  python -m jaxgrad check softmax tanh       check two kernels
+  python -m jaxgrad train --text book.txt    train on a text of your own
+  python -m jaxgrad info                     versions, devices, kernels"""
+CHECK_EXAMPLES = """\
+examples:
+  python -m jaxgrad check
+  python -m jaxgrad check log_softmax --dtype bfloat16 --dtype float32
+  python -m jaxgrad check --json accuracy.json
+
+exit code: 0 if every rule meets its bar, 1 if one misses it"""
+TRAIN = """\
+Trains a small language model on English text twice, from the same parameters and on the same
+batches: with jaxgrad's rules, and with plain JAX's. Compares loss, perplexity, speed and memory.
+The defaults take about a minute on two cores."""
+TRAIN_EXAMPLES = """\
+examples:
+  python -m jaxgrad train
+  python -m jaxgrad train --steps 5000 --dim 256
+  python -m jaxgrad train --text book.txt --out book --dtype bfloat16
+
+Ctrl-C ends the training early; the report holds what there is.
+exit code: 0, 2 if the text or the output folder cannot be used, 130 after Ctrl-C"""
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+      argv: The arguments after the program's name; None for those of the process.
+    """
+    arguments = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console may lack letters of the user's text
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return arguments.run(arguments)
+    except InvalidInput as error:
+        print(f"jaxgrad: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `... | head` has read enough; drop what is left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("\njaxgrad: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = _parser(
+        argparse.ArgumentParser, prog="python -m jaxgrad", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    top.add_argument("--version", action="version", version=f"jaxgrad {__version__}")
+    top.set_defaults(run=_check_and_train)
+    commands = top.add_subparsers(title="commands", metavar="{check,train,info}")
+
+    check = _parser(
+        commands.add_parser,
+        "check",
+        epilog=CHECK_EXAMPLES,
+        help="the error of every rule on this device, beside jax.nn's and optax's",
+    )
+    check.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to check (all)")
+    check.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        dest="dtypes",
+        help="dtype to check; may be given more than once (all)",
+    )
+    check.add_argument("--json", metavar="FILE", help="write the table to a JSON file as well")
+    check.set_defaults(run=_check)
+
+    train = _parser(
+        commands.add_parser,
+        "train",
+        epilog=TRAIN_EXAMPLES,
+        help="a small language model, trained with jaxgrad and with plain JAX",
+        description=TRAIN,
+    )
+    default = Options()
+    for name, of in (
+        ("steps", "updates of each model"),
+        ("batch", "stretches of text per update"),
+        ("context", "words per stretch"),
+        ("dim", "features of the model"),
+    ):
+        train.add_argument(
+            f"--{name}",
+            type=_at_least(1),
+            default=getattr(default, name),
+            metavar="N",
+            help=f"{of} (%(default)s)",
+        )
+    train.add_argument(
+        "--seed",
+        type=_at_least(0),
+        default=default.seed,
+        metavar="N",
+        help="of the parameters and the batches (%(default)s)",
+    )
+    train.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=default.dtype,
+        help="what the model computes in (%(default)s)",
+    )
+    train.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text (the docstrings of the installed NumPy and JAX)",
+    )
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=default.out,
+        metavar="DIR",
+        help="where report.json and curves.png go (%(default)s)",
+    )
+    train.set_defaults(run=_train)
+
+    info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
+    info.set_defaults(run=_info)
+    return top
+
+
+def _parser(make, *args, help: str | None = None, **kwargs) -> argparse.ArgumentParser:
+    if help:
+        kwargs = {"help": help, "description": help[0].upper() + help[1:] + "."} | kwargs
+    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def _check_and_train(arguments: argparse.Namespace) -> int:
+    from jaxgrad.bench.accuracy import check
+    from jaxgrad.demo.train import train
+
+    checked = check(kernels=None, dtypes=None, json=None)
+    print()
+    return train(dataclasses.replace(Options(), steps=SHORT_TRAIN_STEPS)) or checked
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from jaxgrad.bench.accuracy import check
+
+    return check(kernels=arguments.kernels or None, dtypes=arguments.dtypes, json=arguments.json)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from jaxgrad.demo.train import train
+
+    fields = (field.name for field in dataclasses.fields(Options))
+    return train(Options(**{name: getattr(arguments, name) for name in fields}))
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from jaxgrad.demo.info import info
+
+    return info()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""What a user can set in the training run."""
+
+import dataclasses
+from pathlib import Path
+
+
+class InvalidInput(ValueError):
+    """Something the user can put right; its message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The defaults take about a minute on two cores.
+
+    ``context`` is what is asked for: a short text gives a shorter one.
+    """
+
+    steps: int = 800
+    batch: int = 8
+    context: int = 32
+    dim: int = 128
+    seed: int = 0
+    dtype: str = "float32"
+    text: Path | None = None
+    out: Path = Path("jaxgrad-train")

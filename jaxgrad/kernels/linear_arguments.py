@@ -1,0 +1,128 @@
+"""The arguments of the fused head, checked and brought to the shapes that its loops take."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgrad import numerics, tiling
+from jaxgrad.kernels.linear_tile import Head, Labels, Plan, SparseLabels, Tokens, index_state
+from jaxgrad.kernels.loss_options import as_scalars
+from jaxgrad.kernels.row_rule import Rule
+
+
+def arguments(
+    of: str,
+    x: Any,
+    w: Any,
+    labels: Any,
+    bias: Any,
+    where: Any,
+    rule: Rule,
+    ignore_index: int | None,
+    vocab_axis: int,
+    chunk_size: Any,
+    keeps_logits: bool,
+    accumulate_dtype: Any,
+    precision: Any,
+) -> tuple[Plan, Head, Tokens, Rule, tuple[int, ...]]:
+    """The arguments of a call, checked, leading dimensions flattened; and those dimensions."""
+    x, w = numerics.as_float(x, of), numerics.as_float(w, of, "w")
+    if w.ndim != 2 or vocab_axis not in (-2, -1, 0, 1):
+        raise ValueError(
+            f"{of}: w must be [d, v], or [v, d] with vocab_axis=0, got "
+            f"{numerics.describe(w)} with vocab_axis={vocab_axis}"
+        )
+    vocab_axis %= 2
+    d, v = w.shape[1 - vocab_axis], w.shape[vocab_axis]
+    if x.ndim == 0 or x.shape[-1] != d:
+        raise ValueError(
+            f"{of}: x must be float[..., {d}] for w of {numerics.describe(w)} with "
+            f"vocab_axis={vocab_axis}, got {numerics.describe(x)}"
+        )
+    lead = x.shape[:-1]
+    wide = max((numerics.widen(x).dtype, numerics.widen(w).dtype), key=lambda z: z.itemsize)
+    if bias is not None:
+        bias = numerics.as_float(bias, of, "bias")
+        if bias.shape != (v,):
+            raise ValueError(f"{of}: bias must be float[{v}], got {numerics.describe(bias)}")
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool or where.shape not in ((v,), (*lead, v)):
+            raise ValueError(
+                f"{of}: where must be bool[{v}] or bool{[*lead, v]}, got {numerics.describe(where)}"
+            )
+        where = where.reshape(-1, v)
+    labels = _as_labels(of, labels, lead, v, ignore_index)
+    accumulate = wide if wide.itemsize > 4 else jnp.dtype(accumulate_dtype)
+    t = math.prod(lead)
+    plan = Plan(
+        v=v,
+        vocab_axis=vocab_axis,
+        ignores=ignore_index is not None,
+        tile=_tile(of, t, v, keeps_logits, chunk_size),
+        wide=wide,
+        accumulate=accumulate,
+        precision=precision,
+    )
+    tokens = Tokens(x.reshape(t, d), labels, where)
+    return plan, Head(w, bias), tokens, as_scalars(rule, wide, of), lead
+
+
+def as_weights(of: str, weights: Any, lead: tuple[int, ...], plan: Plan) -> Array:
+    """``weights`` as [t, 1]."""
+    weights = numerics.as_float(weights, of, "weights")
+    if weights.shape != lead:
+        raise ValueError(
+            f"{of}: weights must be float{list(lead)}, one a token, "
+            f"got {numerics.describe(weights)}"
+        )
+    return weights.astype(plan.wide).reshape(-1, 1)
+
+
+def _as_labels(of: str, labels: Any, lead: tuple[int, ...], v: int, ignore: int | None) -> Labels:
+    if isinstance(labels, SparseLabels):
+        indices = numerics.as_labels(labels.indices, of)
+        probs = numerics.as_float(labels.probs, of, "labels.probs")
+        if (
+            indices.ndim != len(lead) + 1
+            or indices.shape != probs.shape
+            or indices.shape[:-1] != lead
+        ):
+            raise ValueError(
+                f"{of}: labels must be SparseLabels of int{[*lead, 'k']} and float{[*lead, 'k']}, "
+                f"got {numerics.describe(indices)} and {numerics.describe(probs)}"
+            )
+        shape = (math.prod(lead), indices.shape[-1])
+        return SparseLabels(index_state(indices, v, ignore).reshape(shape), probs.reshape(shape))
+    labels = jnp.asarray(labels)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        if labels.shape != (*lead, v):
+            raise ValueError(
+                f"{of}: labels must be int{list(lead)} or float{[*lead, v]}, "
+                f"got {numerics.describe(labels)}"
+            )
+        if ignore is not None:
+            raise ValueError(
+                f"{of}: ignore_index needs integer labels or SparseLabels, "
+                f"got {numerics.describe(labels)}"
+            )
+        return labels.reshape(-1, v)
+    labels = numerics.as_labels(labels, of)
+    if labels.shape != lead:
+        raise ValueError(
+            f"{of}: labels must be int{list(lead)} or float{[*lead, v]}, "
+            f"got {numerics.describe(labels)}"
+        )
+    return index_state(labels, v, ignore).reshape(-1, 1)
+
+
+def _tile(of: str, t: int, v: int, keeps_logits: bool, chunk_size: Any) -> tuple[int, int]:
+    if chunk_size is None:
+        return tiling.tile_sizes(t, v, keeps_logits)
+    tokens, classes = chunk_size if isinstance(chunk_size, tuple) else (chunk_size, None)
+    if tokens < 1 or (classes is not None and classes < 1):
+        raise ValueError(f"{of}: chunk_size must be positive, got {chunk_size}")
+    classes = tiling.even(v, tiling.CLASSES, 16) if classes is None else min(classes, v)
+    return min(tokens, t), classes

@@ -1,0 +1,291 @@
+r"""The two schedules of the fused head: in which order tiles are visited, and what is kept.
+
+``per_token`` gives a loss a token, and any cotangent may come. Its forward keeps the sums of the
+row rule, a few numbers a token; the backward computes every tile of logits anew:
+
+    forward:   for tokens: for classes: x, measure, merge                      one product
+    backward:  for classes: for tokens: x, x̄, h̄ += x̄ w, w̄ += h x̄              three
+
+``total`` gives Σ c l. There l̄ = c is known in the forward, up to one factor for all tokens, so the
+gradients are made at once and kept; the backward multiplies them:
+
+    forward:   for tokens: { for classes: x, measure, merge;
+                             for classes: x̄, h̄ += x̄ w, w̄ += h x̄ }             three in all
+
+with the logits of one tile of tokens × all classes held between the inner loops. Undifferentiated,
+either is the first loop alone. Every loop can be differentiated again, at the memory of its tiles.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from jaxgrad import tiling
+from jaxgrad.kernels import linear_tile, row_rule
+from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
+from jaxgrad.kernels.row_rule import Part, Rule
+
+
+class Rows(NamedTuple):
+    """What is known of each token in the end, [t, 1] each."""
+
+    loss: Array
+    lse: Array
+    entropy: Array | None
+    argmax: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def per_token(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Rows:
+    """Rows of all tokens; loss, lse and entropy have a gradient."""
+    return _forward(plan, head, tokens, rule)[0]
+
+
+def _forward(plan, head, tokens, rule):
+    tokens = _without_ignored(plan, tokens)
+
+    def chunk(carry, row, size, _):
+        some = _some(tokens, row, size)
+        part, best, _ = _stream(plan, head, some, rule)
+        return carry, _finish(plan, some, rule, part, best)
+
+    return tiling.fold_overlapping(chunk, (), len(tokens.x), plan.tile[0])[1]
+
+
+def _per_token_fwd(plan, head, tokens, rule):
+    (head, tokens, rule), wanted = _asked(head, tokens, rule)
+    rows, part = _forward(plan, head, tokens, rule)
+    part = jax.tree.map(lambda z: checkpoint_name(z, "linear_softmax_cross_entropy"), part)
+    return rows, (wanted, head, tokens, rule, part)
+
+
+def _per_token_bwd(plan, residuals, bar):
+    wanted, head, tokens, rule, part = residuals
+    row_bars = _row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
+    clean = _without_ignored(plan, tokens)
+    zero = _zeros(plan, wanted, head, tokens, rule)
+
+    def classes(bars, column, width, _):
+        def chunk(tile, row, size, new):
+            some, part_, row_bars_ = _some((clean, part, row_bars), row, size)
+            x = linear_tile.logits(plan, head, some.x, column, width)
+            return linear_tile.pull_back(
+                plan,
+                wanted,
+                tile,
+                head,
+                some,
+                rule,
+                x,
+                part_,
+                _only(new, row_bars_),
+                start=(row, column),
+                x_at=row,
+                w_at=0,
+            ), ()
+
+        tile = bars._replace(
+            w=_resized(zero.w, plan.vocab_axis, width), bias=_resized(zero.bias, 0, width)
+        )
+        tile, _ = tiling.fold_overlapping(chunk, tile, len(tokens.x), plan.tile[0])
+        if wanted.w is not None:
+            corner = linear_tile.along(plan, column)
+            tile = tile._replace(w=tiling.put(bars.w, tile.w, *corner))
+        if wanted.bias is not None:
+            tile = tile._replace(bias=tiling.put(bars.bias, tile.bias, column))
+        return tile, ()
+
+    bars, _ = tiling.fold(classes, zero, plan.v, plan.tile[1])
+    bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
+    bars = _with_rows(wanted, bars, rule, part, row_bars)
+    return _cotangents(wanted, bars)
+
+
+per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def total(plan: Plan, head: Head, tokens: Tokens, rule: Rule, scale: Array) -> tuple[Array, Rows]:
+    """Σ scale · loss with scale [t, 1], which has a gradient, and the rows, which have none."""
+    rows, _ = _forward(plan, head, tokens, rule)
+    return (scale * rows.loss).sum(), rows
+
+
+def _total_fwd(plan, head, tokens, rule, scale):
+    (head, tokens, rule), wanted = _asked(head, tokens, rule)
+    scale = scale.value
+    clean = _without_ignored(plan, tokens)
+    zero = _zeros(plan, wanted, head, tokens, rule)
+
+    def chunk(bars, row, size, new):
+        some, scale_ = _some((clean, scale), row, size)
+        part, best, kept = _stream(plan, head, some, rule, keep=True)
+        rows, part = _finish(plan, some, rule, part, best)
+        row_bars = _row_bars(plan, some.labels, _only(new, scale_))
+
+        def classes(bars, column, _, x):
+            return linear_tile.pull_back(
+                plan,
+                wanted,
+                bars,
+                head,
+                some,
+                rule,
+                x,
+                part,
+                row_bars,
+                start=(row, column),
+                x_at=0,
+                w_at=column,
+            ), ()
+
+        bars = bars._replace(x=_resized(zero.x, 0, size))
+        bars, _ = tiling.fold(classes, bars, plan.v, plan.tile[1], kept)
+        bars = _with_rows(wanted, bars, rule, part, row_bars)
+        return bars._replace(x=None), (rows, _marked(plan, bars.x, some.labels))
+
+    bars, (rows, x_bar) = tiling.fold_overlapping(
+        chunk, zero._replace(x=None), len(tokens.x), plan.tile[0]
+    )
+    return ((scale * rows.loss).sum(), rows), (wanted, bars._replace(x=x_bar), rows.loss)
+
+
+def _total_bwd(plan, residuals, bar):
+    wanted, bars, loss = residuals
+    if isinstance(bar[0], SymbolicZero):
+        return None, None, None, None
+    bars, loss = jax.tree.map(lambda z: bar[0] * z.astype(plan.wide), (bars, loss))
+    return *_cotangents(wanted, bars), loss
+
+
+total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
+
+
+def _stream(
+    plan: Plan, head: Head, tokens: Tokens, rule: Rule, keep: bool = False
+) -> tuple[Part, Array, Any]:
+    """The sums over all classes, the best class, and the logits if they are to be kept."""
+
+    def merge(carry, column, size, _):
+        so_far, best_so_far = carry
+        x = linear_tile.logits(plan, head, tokens.x, column, size)
+        part, best = linear_tile.measure(plan, tokens, rule, x, column)
+        best = jnp.where(part.top > so_far.top, best, best_so_far)
+        return (row_rule.merge(rule, so_far, part), best), x if keep else None
+
+    nothing = linear_tile.nothing(plan, tokens, rule)
+    (part, best), kept = tiling.fold(merge, nothing, plan.v, plan.tile[1])
+    return part, best, kept
+
+
+def _finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> tuple[Rows, Part]:
+    """The rows, and the sums as the backward takes them."""
+    if linear_tile.is_integer(tokens.labels):
+        part = part._replace(mass=None)
+        if tokens.where is not None:
+            some = jnp.broadcast_to(tokens.where.any(1, keepdims=True), part.gap.shape)
+            part = part._replace(gap=jnp.where(some, part.gap, 0), mass=some.astype(plan.wide))
+    ignored, unknown = linear_tile.row_state(plan, tokens.labels)
+
+    def unless_ignored(row):
+        return row if ignored is None else jnp.where(ignored, 0, row)
+
+    loss = row_rule.loss(rule, part)
+    rows = Rows(
+        unless_ignored(loss if unknown is None else jnp.where(unknown, jnp.nan, loss)),
+        unless_ignored(row_rule.log_sum_exp(rule, part)),
+        unless_ignored(row_rule.entropy(part)) if plan.entropy else None,
+        best,
+    )
+    return rows, part if rule.label_smoothing is not None else part._replace(gap=None)
+
+
+def _row_bars(plan: Plan, labels: Labels, *bars: Any) -> tuple[Any, ...]:
+    """l̄, L̄ and H̄, 0 for tokens that are ignored or unknown; None for one that is 0 for all."""
+    ignored, unknown = linear_tile.row_state(plan, labels)
+    bars = tuple(None if isinstance(z, SymbolicZero) else z for z in bars)
+    for out in (ignored, unknown):
+        if out is not None:
+            bars = jax.tree.map(lambda z, out=out: jnp.where(out, 0, z), bars)
+    loss_bar, lse_bar, entropy_bar = (*bars, None, None)[:3]
+    if loss_bar is None:
+        loss_bar = jnp.zeros((len(jax.tree.leaves(labels)[0]), 1), plan.wide)
+    return loss_bar, lse_bar, entropy_bar
+
+
+def _only(new: Array | None, bars: Any) -> Any:
+    return bars if new is None else jax.tree.map(lambda z: jnp.where(new[:, None], z, 0), bars)
+
+
+def _some(tokens: Any, row: Any, size: int) -> Any:  # a single row stands for all
+    return jax.tree.map(lambda z: z if len(z) == 1 else tiling.take(z, row, size, 0), tokens)
+
+
+def _without_ignored(plan: Plan, tokens: Tokens) -> Tokens:
+    """Features 0 where a token is ignored: 0 · NaN would reach w̄."""
+    ignored, _ = linear_tile.row_state(plan, tokens.labels)
+    return tokens if ignored is None else tokens._replace(x=jnp.where(ignored, 0, tokens.x))
+
+
+def _marked(plan: Plan, x_bar: Array | None, labels: Labels) -> Array | None:
+    """h̄ with NaN for unknown tokens: there alone, so that w̄ stays finite."""
+    _, unknown = linear_tile.row_state(plan, labels)
+    return x_bar if x_bar is None or unknown is None else jnp.where(unknown, jnp.nan, x_bar)
+
+
+def _with_rows(wanted: Wanted, bars: Bars, rule: Rule, part: Part, row_bars: Any) -> Bars:
+    if wanted.rule is None:
+        return bars
+    rest = row_rule.rows_to_rule(rule, part, *row_bars[:2])
+    return bars._replace(rule=linear_tile.add_rules(bars.rule, rest))
+
+
+def _zeros(plan: Plan, wanted: Wanted, head: Head, tokens: Tokens, rule: Rule) -> Bars:
+    def zeros(dtype, tree, sums=plan.accumulate):
+        return None if dtype is None else jax.tree.map(lambda z: jnp.zeros(z.shape, sums), tree)
+
+    labels = tokens.labels
+    if isinstance(labels, SparseLabels):
+        labels = labels._replace(indices=None)
+    return Bars(
+        zeros(wanted.x, tokens.x),
+        zeros(wanted.w, head.w),
+        zeros(wanted.labels, labels),
+        zeros(wanted.bias, head.bias),
+        zeros(wanted.rule, rule, plan.wide),
+    )
+
+
+def _resized(x: Array | None, axis: int, size: int) -> Array | None:
+    """Zeros like ``x``, but for the length of one axis."""
+    return None if x is None else jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+
+
+def _cast(bar: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda z: z.astype(dtype), bar)
+
+
+def _cotangents(wanted: Wanted, bars: Bars) -> tuple[Head, Tokens, Any]:
+    """``bars`` in the places and the dtypes of the arguments."""
+    head = Head(_cast(bars.w, wanted.w), _cast(bars.bias, wanted.bias))
+    tokens = Tokens(_cast(bars.x, wanted.x), _cast(bars.labels, wanted.labels), None)
+    return head, tokens, _cast(bars.rule, wanted.rule)
+
+
+def _asked(head, tokens, rule):
+    """Arguments of a rule with symbolic zeros, and the dtypes of those that are differentiated."""
+
+    def primal(z):
+        return isinstance(z, CustomVJPPrimal)
+
+    def dtype(tree):
+        leaves = [z for z in jax.tree.leaves(tree, is_leaf=primal) if z.perturbed]
+        return leaves[0].value.dtype if leaves else None
+
+    wanted = Wanted(*(dtype(z) for z in (tokens.x, head.w, tokens.labels, head.bias, rule)))
+    return jax.tree.map(lambda z: z.value, (head, tokens, rule), is_leaf=primal), wanted

@@ -1,0 +1,262 @@
+r"""One tile of the fused head: some tokens × some classes, forward and backward.
+
+    x_ij = ⟨h_i, w_j⟩ + b_j                                            (1)
+    h̄_i += Σ_j x̄_ij w_j        w̄_j += Σ_i x̄_ij h_i       b̄_j += Σ_i x̄_ij     (2)
+
+for tokens i and classes j, with x̄ by the row rule. A tile of logits is all of them that exists.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgrad import numerics, tiling
+from jaxgrad.kernels import row_rule
+from jaxgrad.kernels.row_rule import Part, Rule
+
+
+class SparseLabels(NamedTuple):
+    """Soft labels that are 0 but for k classes a token: the top k of a teacher, say.
+
+    Args:
+      indices: Classes, ``int[..., k]``. A class named twice counts with the sum of its entries.
+      probs: Their probabilities, ``float[..., k]``. They need not sum to 1.
+    """
+
+    indices: Any
+    probs: Any
+
+
+Labels = Array | SparseLabels  # int[t, 1], float[t, v], or [t, k]
+
+
+class Plan(NamedTuple):
+    """What is known when the loops are traced."""
+
+    v: int
+    vocab_axis: int
+    ignores: bool  # whether an ignore_index is given
+    tile: tuple[int, int]  # tokens, classes
+    wide: Any  # dtype of logits and of everything in a row
+    accumulate: Any  # dtype of the sums over tiles
+    precision: Any
+    entropy: bool = False
+    argmax: bool = False
+
+
+class Head(NamedTuple):
+    """The layer."""
+
+    w: Array
+    bias: Array | None
+
+
+class Tokens(NamedTuple):
+    """What enters the layer and is expected of it, one row a token."""
+
+    x: Array
+    labels: Labels
+    where: Array | None  # [1, v] or [t, v]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The dtypes that cotangents go back in; None where nobody asks for one."""
+
+    x: Any
+    w: Any
+    labels: Any
+    bias: Any
+    rule: Any
+
+
+class Bars(NamedTuple):
+    """Cotangents, summed as the tiles come by; None where nobody asks."""
+
+    x: Any = None
+    w: Any = None
+    labels: Any = None  # SparseLabels without indices for SparseLabels
+    bias: Any = None
+    rule: Any = None
+
+
+UNKNOWN = -1  # an index out of range; one to be ignored is v, which no tile holds
+
+
+def index_state(labels: Array, v: int, ignore_index: int | None) -> Array:
+    """Integer labels as int32 indices in [0, v), or ``UNKNOWN``, or v for one to be ignored."""
+    known = (labels >= 0) & (labels < v)
+    index = jnp.where(known, labels, UNKNOWN).astype(jnp.int32)
+    return index if ignore_index is None else jnp.where(labels == ignore_index, v, index)
+
+
+def row_state(plan: Plan, labels: Labels) -> tuple[Array | None, Array | None]:
+    """Which tokens are ignored, and which have a label out of range: ``bool[t, 1]`` or None."""
+    if is_dense(labels):
+        return None, None
+    index = labels.indices if isinstance(labels, SparseLabels) else labels
+    ignored = (index == plan.v).all(1, keepdims=True) if plan.ignores else None
+    return ignored, (index == UNKNOWN).any(1, keepdims=True)
+
+
+def is_dense(labels: Labels) -> bool:
+    """Whether there is a float for every class."""
+    return not isinstance(labels, SparseLabels) and jnp.issubdtype(labels.dtype, jnp.floating)
+
+
+def is_integer(labels: Labels) -> bool:
+    """Whether there is one class a token."""
+    return not (isinstance(labels, SparseLabels) or is_dense(labels))
+
+
+def logits(plan: Plan, head: Head, x: Array, start: Any, size: int) -> Array:
+    """(1)"""
+    x_ij = _dot(plan, x, 1, _classes(plan, head.w, start, size), 1 - plan.vocab_axis)
+    x_ij = x_ij.astype(plan.wide)
+    if head.bias is None:
+        return x_ij
+    return x_ij + tiling.take(head.bias, start, size, 0).astype(plan.wide)[None]
+
+
+def targets(plan: Plan, labels: Labels, start: Any, size: int) -> Array:
+    """The targets of these classes as the row rule takes them."""
+    if isinstance(labels, SparseLabels):
+        probs = labels.probs.astype(plan.wide)
+        at, _ = _entries(labels, start, size)
+        rows = jnp.arange(len(probs))[:, None]
+        return jnp.zeros((len(probs), size), plan.wide).at[rows, at].add(probs, mode="drop")
+    if is_dense(labels):
+        return tiling.take(labels, start, size, 1)
+    return start + lax.broadcasted_iota(jnp.int32, (len(labels), size), 1) == labels
+
+
+def nothing(plan: Plan, tokens: Tokens, rule: Rule) -> tuple[Part, Array]:
+    """What :func:`measure` gives for no classes."""
+    zero = jnp.zeros((len(tokens.x), 1), plan.wide)
+    some = zero if rule.label_smoothing is not None else None
+    part = Part(
+        zero - jnp.inf,
+        zero - 1,
+        gap=zero,
+        mass=zero,
+        spread=some,
+        count=some,
+        moment=zero if plan.entropy else None,
+    )
+    return part, jnp.zeros(zero.shape, jnp.int32)
+
+
+def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tuple[Part, Array]:
+    """The sums of this tile, and its best class."""
+    where = _columns(tokens.where, start, x.shape[1])
+    t = targets(plan, tokens.labels, start, x.shape[1])
+    if t.dtype == bool:
+        part = row_rule.measure(rule, x, None, where, (1,), plan.entropy)
+        gap = jnp.where(t, -row_rule.below(rule, x, part.top, where), 0)
+        inside = (tokens.labels >= start) & (tokens.labels < start + x.shape[1])
+        part = part._replace(gap=gap.sum(1, keepdims=True), mass=inside.astype(plan.wide))
+    else:
+        part = row_rule.measure(rule, x, t, where, (1,), plan.entropy)
+    if not plan.argmax:
+        return part, jnp.zeros(part.top.shape, jnp.int32)
+    best = jnp.argmax(numerics.masked(x, where), 1, keepdims=True)
+    return part, start + best.astype(jnp.int32)
+
+
+def pull_back(
+    plan: Plan,
+    wanted: Wanted,
+    bars: Bars,
+    head: Head,
+    tokens: Tokens,
+    rule: Rule,
+    x: Array,
+    part: Part,
+    row_bars: tuple[Array, Array | None, Array | None],
+    start: tuple[Any, Any],
+    x_at: Any,
+    w_at: Any,
+) -> Bars:
+    """``bars`` with the cotangents of this tile added.
+
+    Args:
+      x: The logits of the tile.
+      row_bars: l̄, L̄ and H̄, [tokens, 1] each.
+      start: The first token and the first class of the tile.
+      x_at: Where the tokens stand in ``bars.x``.
+      w_at: Where the classes stand in ``bars.w`` and ``bars.bias``.
+    """
+    row, column = start
+    where = _columns(tokens.where, column, x.shape[1])
+    t = targets(plan, tokens.labels, column, x.shape[1])
+    z_bar = row_rule.gradient(rule, x, t, where, part, *row_bars)
+    x_bar = row_rule.to_logits(rule, x, where, z_bar)
+    if wanted.rule is not None:
+        bars = bars._replace(
+            rule=add_rules(bars.rule, row_rule.to_rule(rule, x, where, part, z_bar))
+        )
+    if wanted.labels is not None:
+        t_bar = row_rule.to_targets(rule, x, t, where, part, row_bars[0])
+        if isinstance(tokens.labels, SparseLabels):
+            at, inside = _entries(tokens.labels, column, x.shape[1])
+            t_bar = jnp.take_along_axis(t_bar, jnp.where(inside, at, 0), 1)
+            probs_bar = tiling.add(bars.labels.probs, jnp.where(inside, t_bar, 0), row, 0)
+            bars = bars._replace(labels=SparseLabels(None, probs_bar))
+        else:
+            bars = bars._replace(labels=tiling.add(bars.labels, t_bar, row, column))
+    if wanted.bias is not None:
+        bars = bars._replace(bias=tiling.add(bars.bias, x_bar.sum(0), w_at))
+    if jnp.finfo(tokens.x.dtype).nmant < 10:
+        x_bar = x_bar.astype(tokens.x.dtype)  # not to float16, too coarse below 6e-5
+    if wanted.x is not None:
+        w = _classes(plan, head.w, start[1], x.shape[1])
+        bars = bars._replace(
+            x=tiling.add(bars.x, _dot(plan, x_bar, 1, w, plan.vocab_axis), x_at, 0)
+        )
+    if wanted.w is not None:
+        pair = (tokens.x, x_bar) if plan.vocab_axis == 1 else (x_bar, tokens.x)
+        w_bar = _dot(plan, pair[0], 0, pair[1], 0)
+        bars = bars._replace(w=tiling.add(bars.w, w_bar, *along(plan, w_at)))
+    return bars
+
+
+def along(plan: Plan, start: Any) -> tuple[Any, Any]:
+    """The corner in ``w`` of the classes from ``start`` on."""
+    return (0, start) if plan.vocab_axis == 1 else (start, 0)
+
+
+def add_rules(total: Rule | None, part: Rule) -> Rule | None:
+    """``total`` with those cotangents added that ``part`` has."""
+    if total is None:
+        return None
+    return Rule(*(a if b is None else a + b for a, b in zip(total, part, strict=True)))
+
+
+def _classes(plan, w, start, size):
+    return tiling.take(w, start, size, plan.vocab_axis)
+
+
+def _columns(where, start, size):
+    return None if where is None else tiling.take(where, start, size, 1)
+
+
+def _entries(labels, start, size):  # where the k classes stand in a tile; ``size``: not in it
+    inside = (labels.indices >= start) & (labels.indices < start + size)
+    return jnp.where(inside, labels.indices - start, size), inside
+
+
+def _dot(plan, a, a_axis, b, b_axis):
+    """A product of tiles, contracted over one axis of each."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(plan.wide), b.astype(plan.wide)
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=plan.precision,
+        preferred_element_type=plan.wide,
+    )

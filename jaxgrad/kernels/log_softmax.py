@@ -1,0 +1,105 @@
+r"""Logarithm of soft-max, and its backward rule.
+
+With m = max x, e = exp(x - m), S = Σ e = 1 + excess and p = e / S:
+
+    y_i          = (x_i - m) - log1p(excess)                           (1)
+    ∂y_i / ∂x_j  = δ_ij - p_j              (p_j, the column's, not p_i)  (2)
+    x̄            = ȳ - p Σ_k ȳ_k                                       (3)
+
+For an entry w that wins its row, (1) is -log1p(excess), exact however far the others lie below.
+There p_w is nearly 1 and (3) cancels; with 1 - p_w = excess / S it does not:
+
+    x̄_w = ȳ_w excess / S - p_w Σ_{k≠w} ȳ_k                             (4)
+
+Residuals: x, and (m, excess) per row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxgrad import numerics, sharding
+from jaxgrad.numerics import Axis
+
+
+def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    r"""Logarithm of soft-max along ``axis``, never by way of soft-max itself.
+
+    .. math:: y_i = x_i - \log \sum_k e^{x_k}, \qquad \bar x = \bar y - p \sum_k \bar y_k
+
+    A drop-in for :func:`jax.nn.log_softmax`. The value of a class that wins keeps its relative
+    accuracy, where ``jax.nn`` rounds it to 0; a row without an entry above -inf gives -inf with
+    gradient 0, where ``jax.nn`` gives NaN.
+
+    Args:
+      x: Logits, ``float[..., n, ...]``. 16-bit input is summed in float32; integers are promoted.
+      axis: The axis or axes of the classes; None for all.
+      where: ``bool``, broadcastable to ``x``: the entries that take part. The others give -inf
+        with gradient 0, whatever they hold.
+
+    Returns:
+      Log-probabilities (natural logarithm, nats), with the shape and dtype of ``x``.
+
+    Raises:
+      TypeError: ``x`` is complex.
+      ValueError: ``axis`` is out of bounds, or ``where`` does not broadcast to ``x``.
+
+    Example:
+      >>> print(log_softmax(jnp.array([30.0, 0.0])))
+      [-9.357623e-14 -3.000000e+01]
+
+    See also:
+      :func:`softmax_cross_entropy_with_integer_labels`, the loss that needs one entry of it.
+    """
+    return _log_softmax_jit(x, numerics.as_static(axis), where)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _log_softmax_jit(x, axis, where):
+    x = numerics.as_float(x, of="log_softmax")
+    where = numerics.as_mask(where, x, of="log_softmax")
+    axes = numerics.as_axes(axis, x, of="log_softmax")
+    return _log_softmax(axes, *sharding.lift((x, where)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_softmax(axis: tuple[int, ...], x: Array, where: Array | None) -> Array:
+    return _forward(axis, x, where)[0]
+
+
+def _forward(axis, x, where):  # (1)
+    x = numerics.masked(x, where)
+    m = numerics.row_max(x, axis)
+    excess = numerics.row_excess(lambda: numerics.below_max(*numerics.apart(x, m)), axis)
+    y = numerics.below_max(x, m) - numerics.log_sum(excess)
+    return numerics.narrow(y, like=x), m, excess
+
+
+def _fwd(axis, x, where):
+    y, m, excess = _forward(axis, x, where)
+    return y, (x, where, m, excess)
+
+
+def _bwd(axis, residuals, y_bar):
+    x, where, m, excess = residuals
+    x = numerics.masked(x, where)
+    y_bar = numerics.masked(y_bar, where, 0)
+    won, inverse = numerics.won(excess), numerics.inverse_sum(excess)
+    total = numerics.widen(y_bar).sum(axis, keepdims=True)
+
+    def total_of_others():
+        lost = numerics.lost(jnp.exp(numerics.below_max(x, m)))
+        return (numerics.widen(y_bar) * lost).sum(axis, keepdims=True)
+
+    others = numerics.if_any(won, total_of_others, lambda: total)
+    x, m, y_bar, total = numerics.apart(x, m, y_bar, total)
+    e, y_bar_ = jnp.exp(numerics.below_max(x, m)), numerics.widen(y_bar)
+    winner = y_bar_ * (excess * inverse) - e * (inverse * others)  # (4)
+    x_bar = jnp.where(e > jnp.where(won, 0.5, 2), winner, y_bar_ - e * (inverse * total))  # (3)
+    return numerics.narrow(jnp.where(excess == -1, 0, x_bar), like=x), None
+
+
+_log_softmax.defvjp(_fwd, _bwd)

@@ -1,0 +1,49 @@
+"""The options that every cross-entropy takes, checked and made a ``Rule``; and the reductions."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxgrad import numerics
+from jaxgrad.kernels.row_rule import Rule
+
+
+def make_rule(
+    of: str,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    logit_soft_cap: ArrayLike | None = None,
+) -> Rule:
+    """The options of a call; one that is known to change nothing is None."""
+    numerics.check_fraction(label_smoothing, of, "label_smoothing")
+    numerics.check_positive(temperature, of, "temperature")
+    numerics.check_positive(logit_soft_cap, of, "logit_soft_cap")
+    return Rule(
+        None if _is(label_smoothing, 0) else label_smoothing,
+        None if _is(z_loss, 0) else z_loss,
+        None if _is(temperature, 1) else temperature,
+        logit_soft_cap,
+    )
+
+
+def _is(value, default):
+    return isinstance(value, int | float) and value == default
+
+
+def as_scalars(rule: Rule, dtype: jnp.dtype, of: str) -> Rule:
+    """``rule`` as scalar arrays of ``dtype``."""
+    for name, value in rule._asdict().items():
+        if value is not None and jnp.ndim(value) != 0:
+            raise ValueError(f"{of}: {name} must be a scalar, got {numerics.describe(value)}")
+    return Rule(
+        *(
+            None if v is None else numerics.as_float(v, of, name).astype(dtype)
+            for name, v in rule._asdict().items()
+        )
+    )
+
+
+def mean_weights(weights: Array) -> Array:
+    """Each token's part in the weighted mean; 0 throughout where no weight is left."""
+    return numerics.safe_divide(weights, weights.sum())

@@ -1,0 +1,269 @@
+r"""Soft-max cross-entropy from logits, with dense and with integer labels.
+
+    l = s lse(x) - ⟨t, x⟩                          s = Σ t             (1)
+    x̄ = l̄ (s σ(x) - t)                                                 (2)
+
+(1) and (2) never divide by a probability, so both are finite for all finite x. The options and the
+arithmetic that keeps every digit of (1) and (2) are the row rule's, in ``row_rule.py``; here it is
+applied to whole rows. Residuals: logits, labels, and a few numbers per row, (max, excess) at least.
+"""
+
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxgrad import numerics, sharding
+from jaxgrad.kernels import row_rule
+from jaxgrad.kernels.loss_options import as_scalars, make_rule
+from jaxgrad.kernels.row_rule import Part, Rule
+from jaxgrad.numerics import Axis
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    logit_soft_cap: ArrayLike | None = None,
+) -> Array:
+    r"""Cross-entropy of soft-max against a distribution of labels, from the logits.
+
+    .. math:: l = s \log \sum_i e^{z_i} - \sum_i t_i z_i, \qquad
+              \bar z = \bar l\,(s\,\sigma(z) - t), \qquad s = \sum_i t_i
+
+    with :math:`z = \mathrm{soft\_cap}(x) / T`. A drop-in for ``optax.softmax_cross_entropy``, and
+    finite wherever the logits are: a label of 0 on a logit of -inf counts 0, where optax gives NaN.
+
+    Args:
+      logits: x, ``float[..., v, ...]``.
+      labels: Targets t, ``float``, broadcastable against ``logits``. They need not sum to one, and
+        have a gradient.
+      axis: The axis or axes of the v classes; None for all.
+      where: ``bool``, of the shape of ``logits`` or of the losses: the entries that take part. The
+        others have gradient 0, whatever they hold; a row without any has loss 0.
+      label_smoothing: The part ε of each row of targets, in [0, 1], that is spread evenly over its
+        valid classes.
+      z_loss: ζ of a term :math:`\zeta\,(\log \sum_i e^{z_i})^2` added to each loss.
+      temperature: T > 0, dividing the logits after the soft-cap.
+      logit_soft_cap: Squash logits into (-cap, cap) by :func:`soft_cap`; None for not at all.
+
+    Returns:
+      Losses in nats, ``float[...]`` without ``axis``: float32 for 16-bit logits, else their dtype.
+
+    Raises:
+      TypeError: ``logits`` or ``labels`` is complex.
+      ValueError: Shapes do not match, or an option is out of its range.
+
+    Example:
+      >>> logits = jnp.array([[1.0, -jnp.inf, 0.0], [2.0, 2.0, 2.0]])
+      >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+      >>> [f"{loss:.4f}" for loss in softmax_cross_entropy(logits, labels)]
+      ['0.3133', '1.0986']
+
+    Source:
+      Smoothing: Szegedy et al., 2016, arXiv:1512.00567, section 7. z-loss: Chowdhery et al., 2022,
+      arXiv:2204.02311, section 5. Soft-cap: Gemma Team, 2024, arXiv:2408.00118, section 2.
+
+    See also:
+      :func:`softmax_cross_entropy_with_integer_labels` where one class is right,
+      :func:`cross_entropy` where probabilities are given and not logits.
+    """
+    of = "softmax_cross_entropy"
+    rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
+    return _dense_jit(logits, labels, numerics.as_static(axis), where, rule)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int | tuple[int, ...] = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    logit_soft_cap: ArrayLike | None = None,
+    ignore_index: int | None = None,
+) -> Array:
+    r"""Cross-entropy of soft-max against the index of the right class, from the logits.
+
+    .. math:: l = \log \sum_i e^{z_i} - z_y, \qquad \bar z_i = \bar l\,(\sigma(z)_i - \delta_{iy})
+
+    with :math:`z = \mathrm{soft\_cap}(x) / T`. A drop-in for
+    ``optax.softmax_cross_entropy_with_integer_labels``. The loss and the gradient of a confident
+    prediction keep their relative accuracy, where optax rounds both to 0.
+
+    Args:
+      logits: x, ``float[..., v, ...]``.
+      labels: Class indices y, ``int[...]``, the shape of ``logits`` without ``axis``. One outside
+        [0, v) gives NaN for its loss and for the gradient of its row, and touches no other.
+      axis: The axis of the v classes; a tuple numbers the classes in that order of axes.
+      where: ``bool``, of the shape of ``logits`` or of the losses: the classes that take part. The
+        others have gradient 0, whatever they hold; a row without any has loss 0, and a label at a
+        class that takes no part has loss +inf.
+      label_smoothing: The part ε of each target, in [0, 1], that is spread evenly over the valid
+        classes.
+      z_loss: ζ of a term :math:`\zeta\,(\log \sum_i e^{z_i})^2` added to each loss.
+      temperature: T > 0, dividing the logits after the soft-cap.
+      logit_soft_cap: Squash logits into (-cap, cap) by :func:`soft_cap`; None for not at all.
+      ignore_index: The label of rows with loss 0 and gradient 0, whatever they hold. Static.
+
+    Returns:
+      Losses in nats, ``float[...]`` without ``axis``: float32 for 16-bit logits, else their dtype.
+
+    Raises:
+      TypeError: ``labels`` is not integer, or ``logits`` is complex.
+      ValueError: Shapes do not match, or an option is out of its range.
+
+    Example:
+      >>> logits = jnp.array([[30.0, 0.0], [0.0, 0.0], [5.0, 5.0]])
+      >>> labels = jnp.array([0, 1, -1])
+      >>> loss = softmax_cross_entropy_with_integer_labels(logits, labels, ignore_index=-1)
+      >>> print(loss)
+      [9.357623e-14 6.931472e-01 0.000000e+00]
+
+    Source:
+      As :func:`softmax_cross_entropy`, its twin for a distribution of labels.
+    """
+    of = "softmax_cross_entropy_with_integer_labels"
+    rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
+    if ignore_index is not None:
+        ignore_index = numerics.as_index(ignore_index, of, "ignore_index")
+    return _integer_jit(logits, labels, numerics.as_static(axis), where, rule, ignore_index)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _dense_jit(logits, labels, axis, where, rule):
+    of = "softmax_cross_entropy"
+    x = numerics.as_float(logits, of, "logits")
+    t = numerics.as_float(labels, of, "labels")
+    x, t, axes = numerics.broadcast_labels(x, t, axis, of, "logits")
+    where = numerics.as_row_mask(where, x, axes, of, "logits")
+    rule = as_scalars(rule, numerics.widen(x).dtype, of)
+    return cast(Array, _dense(axes, *sharding.lift((x, t, where, rule)))).squeeze(axes)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index"))
+def _integer_jit(logits, labels, axis, where, rule, ignore_index):
+    of = "softmax_cross_entropy_with_integer_labels"
+    x = numerics.as_float(logits, of, "logits")
+    labels = numerics.as_labels(labels, of)
+    axes = numerics.as_axes(axis, x, of, "logits")
+    where = numerics.as_row_mask(where, x, axes, of, "logits")
+    rows = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+    sizes = zip(labels.shape, rows, strict=False)
+    if labels.ndim != len(rows) or any(size not in (1, row) for size, row in sizes):
+        raise ValueError(
+            f"{of}: labels must be int{list(rows)} for logits of "
+            f"{numerics.describe(x)} and axis {axis}, got {numerics.describe(labels)}"
+        )
+    if len(axes) != 1:
+        order = tuple(a for a in range(x.ndim) if a not in axes) + axes
+        if where is not None:
+            where = jnp.broadcast_to(where, x.shape).transpose(order).reshape(*rows, -1)
+        x, axes = x.transpose(order).reshape(*rows, -1), (len(rows),)
+    (along,) = axes
+    labels = jnp.expand_dims(jnp.broadcast_to(labels, rows), along)
+    rule = as_scalars(rule, numerics.widen(x).dtype, of)
+    arrays = sharding.lift((x, labels, where, rule))
+    return cast(Array, _integer(along, ignore_index, *arrays)).squeeze(along)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(axis: tuple[int, ...], x: Array, t: Array, where: Array | None, rule: Rule) -> Array:
+    return _dense_forward(axis, x, t, where, rule)[0]
+
+
+def _dense_forward(axis, x, t, where, rule):
+    part = row_rule.measure(rule, x, t, where, axis)
+    return row_rule.loss(rule, part), part
+
+
+def _dense_fwd(axis, x, t, where, rule):
+    loss, part = _dense_forward(axis, x, t, where, rule)
+    return loss, (x, t, where, rule, _kept(rule, part))
+
+
+def _dense_bwd(axis, residuals, loss_bar):
+    x, t, where, rule, part = residuals
+    z_bar = row_rule.gradient(rule, x, t, where, part, loss_bar)
+    return (
+        row_rule.to_logits(rule, x, where, z_bar),
+        row_rule.to_targets(rule, x, t, where, part, loss_bar),
+        None,
+        _rule_bar(rule, x, where, part, loss_bar, z_bar),
+    )
+
+
+_dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _integer(
+    axis: int, ignore_index: int | None, x: Array, labels: Array, where: Array | None, rule: Rule
+) -> Array:
+    return _integer_forward(axis, ignore_index, x, labels, where, rule)[0]
+
+
+def _integer_forward(axis, ignore_index, x, labels, where, rule):
+    part = row_rule.measure(rule, x, None, where, (axis,))
+    known = (labels >= 0) & (labels < x.shape[axis])
+    index = jnp.where(known, labels, 0).astype(jnp.int32)
+    pick = functools.partial(jnp.take_along_axis, indices=index, axis=axis)
+    valid = None if where is None else pick(jnp.broadcast_to(where, x.shape))
+    gap = -row_rule.below(rule, pick(x), part.top, valid)
+    if where is not None:
+        some = jnp.broadcast_to(where, x.shape).any(axis, keepdims=True)
+        gap, part = jnp.where(some, gap, 0), part._replace(mass=some.astype(gap.dtype))
+    part = part._replace(gap=jnp.where(known, gap, jnp.nan))
+    return _unless_ignored(row_rule.loss(rule, part), labels, ignore_index), part
+
+
+def _integer_fwd(axis, ignore_index, x, labels, where, rule):
+    loss, part = _integer_forward(axis, ignore_index, x, labels, where, rule)
+    return loss, (x, labels, where, rule, _kept(rule, part))
+
+
+def _integer_bwd(axis, ignore_index, residuals, loss_bar):
+    x, labels, where, rule, part = residuals
+    x, part = jax.tree.map(  # they may hold NaN there
+        lambda z: _unless_ignored(z, labels, ignore_index), (x, part)
+    )
+    known = (labels >= 0) & (labels < x.shape[axis])
+    loss_bar = _unless_ignored(jnp.where(known, loss_bar, jnp.nan), labels, ignore_index)
+    index = jnp.where(known, labels, 0).astype(jnp.int32)
+    classes = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    hit = jnp.expand_dims(classes, [a for a in range(x.ndim) if a != axis]) == index
+    z_bar = row_rule.gradient(rule, x, hit, where, part, loss_bar)
+    z_bar = _unless_ignored(z_bar, labels, ignore_index)
+    rule_bar = _rule_bar(rule, x, where, part, loss_bar, z_bar)
+    return row_rule.to_logits(rule, x, where, z_bar), None, None, rule_bar
+
+
+def _unless_ignored(value, labels, ignore_index):
+    return value if ignore_index is None else jnp.where(labels == ignore_index, 0, value)
+
+
+_integer.defvjp(_integer_fwd, _integer_bwd)
+
+
+def _kept(rule: Rule, part: Part) -> Part:  # the gap of the targets is needed for ε̄ alone
+    return part if rule.label_smoothing is not None else part._replace(gap=None)
+
+
+def _rule_bar(rule, x, where, part, loss_bar, z_bar) -> Rule:
+    classes = row_rule.to_rule(rule, x, where, part, z_bar)
+    rows = row_rule.rows_to_rule(rule, part, loss_bar)
+    total = (
+        None if a is None and b is None else (a if b is None else b if a is None else a + b)
+        for a, b in zip(classes, rows, strict=True)
+    )
+    return Rule(*total)

@@ -1,0 +1,131 @@
+"""How a large axis is cut into tiles, and the loops over them.
+
+Two loops, for two ways to end an axis that no tile size divides:
+
+  - ``fold`` runs the last tile at its own, smaller size. No tile is masked, but the body is
+    compiled twice: for the axis where every element counts, the vocabulary.
+  - ``fold_overlapping`` moves the last tile back until it fits. The body is compiled once and told
+    which elements are new: for an axis whose masks are one number a row, the tokens.
+
+Either loop can be differentiated, again and again, at the memory of one tile: what a tile computes
+is computed anew rather than kept.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgrad import numerics
+
+CLASSES = 1024  # a tile of float32 logits, 4 MB with as many tokens, stays in a cache
+TOKENS = 1024
+KEPT_TOKENS = 512  # more tokens a tile would not make its products faster
+KEPT_BYTES = 48 * 2**20  # of logits held at a time, where the tokens are those of all classes
+
+
+def tile_sizes(tokens: int, classes: int, keeps_logits: bool) -> tuple[int, int]:
+    """How many tokens and classes make a tile of logits."""
+    limit = TOKENS
+    if keeps_logits:
+        limit = min(KEPT_TOKENS, max(KEPT_BYTES // (4 * max(classes, 1)), 1))
+    return even(tokens, limit, 8), even(classes, CLASSES, 16)
+
+
+def even(total: int, limit: int, multiple: int = 1) -> int:
+    """The size of the fewest tiles of at most ``limit`` that cover ``total``, made equal.
+
+    It is rounded up to a ``multiple`` where the limit allows, which keeps vector loads aligned.
+
+    Example:
+      >>> even(50257, 1024, multiple=16)
+      1008
+    """
+    size = math.ceil(total / math.ceil(total / max(limit, 1))) if total else 1
+    rounded = math.ceil(size / multiple) * multiple
+    return rounded if rounded <= min(limit, total) else size
+
+
+def fold(
+    body: Callable[[Any, Any, int, Any], tuple[Any, Any]],
+    carry: Any,
+    total: int,
+    size: int,
+    kept: tuple[Any, Any] | None = None,
+) -> tuple[Any, tuple[Any, Any]]:
+    """``carry`` after ``body(carry, start, size, kept)`` at each tile; the last may be smaller.
+
+    What the bodies return beside the carry comes back as a pair, of the full tiles stacked and of
+    the last one, and may be given to another ``fold`` as ``kept``.
+    """
+    size = min(size, total)
+    count, rest = divmod(total, size) if total else (0, 0)
+    tiles, last = (None, None) if kept is None else kept
+
+    def step(carry, tile):
+        i, kept = tile
+        return body(carry, i * size, size, kept)
+
+    carry, full = lax.scan(_anew(step), carry, (jnp.arange(count, dtype=jnp.int32), tiles))
+    if not rest:
+        return carry, (full, None)
+    carry, end = _anew(lambda c, k: body(c, count * size, rest, k))(carry, last)
+    return carry, (full, end)
+
+
+def fold_overlapping(
+    body: Callable[[Any, Array, int, Array | None], tuple[Any, Any]],
+    carry: Any,
+    total: int,
+    size: int,
+) -> tuple[Any, Any]:
+    """``carry`` after ``body(carry, start, size, new)`` at each tile, all of one size.
+
+    ``new`` is ``bool[size]``: which elements no earlier tile had; None where all are new. What the
+    bodies return beside the carry, ``[size, ...]``, is joined to ``[total, ...]``.
+    """
+    size = min(size, total)
+    count = math.ceil(total / size) if total else 0
+    rest = total - (count - 1) * size
+
+    def step(carry, i):
+        start = jnp.minimum(i * size, total - size)
+        new = None if rest == size else start + jnp.arange(size, dtype=jnp.int32) >= i * size
+        return body(carry, start, size, new)
+
+    def join(tiles):
+        flat = tiles.reshape(-1, *tiles.shape[2:])
+        return flat if len(flat) == total else jnp.concatenate([flat[:-size], flat[-rest:]])
+
+    carry, tiles = lax.scan(_anew(step), carry, jnp.arange(count, dtype=jnp.int32))
+    return carry, jax.tree.map(join, tiles)
+
+
+def take(x: Array, start: Any, size: int, axis: int) -> Array:
+    """``size`` elements of ``x`` from ``start`` on."""
+    if jnp.issubdtype(x.dtype, jnp.floating) and not numerics.is_wide(x):
+        # XLA's CPU slices bfloat16 in float32. Tied to the loop, x is not widened whole before it.
+        x, start = lax.optimization_barrier((x, jnp.asarray(start, jnp.int32)))
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def put(x: Array, tile: Array, *start: Any) -> Array:
+    """``x`` with ``tile`` at ``start``, one index an axis, rounded to the dtype of ``x``."""
+    return lax.dynamic_update_slice(x, tile.astype(x.dtype), _int32(start))
+
+
+def add(x: Array, tile: Array, *start: Any) -> Array:
+    """``x`` with ``tile`` added at ``start``, one index an axis."""
+    return put(x, lax.dynamic_slice(x, _int32(start), tile.shape) + tile.astype(x.dtype), *start)
+
+
+def _int32(start):  # one dtype is asked of them all
+    return tuple(jnp.asarray(i, jnp.int32) for i in start)
+
+
+def _anew(step):
+    # A scan's forward and backward loop share no expression, so nothing has to be hidden from XLA.
+    return jax.checkpoint(step, prevent_cse=False)

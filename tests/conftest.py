@@ -1,0 +1,38 @@
+"""Every test runs under JAX's strict promotion modes, on the device that JAX_PLATFORMS names."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Several workers share one GPU: none may claim its whole memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A first call compiles, which no deadline can tell from a slow function.
+hypothesis.settings.register_profile("jaxgrad", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("jaxgrad")
+
+
+@pytest.fixture
+def rng():
+    """The same key in every run."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """float64 inside this test only."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's defaults, for code that mixes dtypes and ranks as users do."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
