@@ -18,6 +18,13 @@ hypothesis.settings.register_profile("jaxgrad", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("jaxgrad")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def release():
+    """What one module compiled is of no use to the next, and would fill the memory of a worker."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     """The same key in every run."""
