@@ -43,7 +43,8 @@ def as_float(x: ArrayLike, of: str, name: str = "x") -> Array:
         raise TypeError(f"{of}: {name} must be real, got {describe(x)}")
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return lax.convert_element_type(x, float if x.weak_type else jax.eval_shape(jnp.exp, x).dtype)
+    # A Python int gives a weak result, as in JAX.
+    return x * 1.0 if x.weak_type else x.astype(jax.eval_shape(jnp.exp, x).dtype)
 
 
 def as_static(axis: Axis) -> Axis:

@@ -25,7 +25,7 @@ class Rules(NamedTuple):
 
     ``attention`` maps query, key and value ``[b, t, h, n]`` to ``[b, t, h, n]``; ``tanh`` is
     element-wise; ``loss`` maps hidden ``[b, t, d]``, embedding ``[v, d]`` and labels ``int[b, t]``
-    to a loss per token ``[b, t]``.
+    to their mean loss.
     """
 
     attention: Callable[[Array, Array, Array], Array]
@@ -77,7 +77,7 @@ def hidden(params: Params, words: Array, rules: Rules) -> Array:
 def loss(params: Params, windows: Array, rules: Rules) -> Array:
     """Mean loss (nats per token) of every next word in ``windows``, ``int[b, t + 1]``."""
     x = hidden(params, windows[:, :-1], rules)
-    return rules.loss(x, params["embedding"], windows[:, 1:]).astype(jnp.float32).mean()
+    return rules.loss(x, params["embedding"], windows[:, 1:])
 
 
 def continuation(params: Params, words: Array, count: int, key: Array, rules: Rules) -> Array:

@@ -5,7 +5,6 @@
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +14,20 @@ import jaxgrad
 from jaxgrad.demo.model import Rules
 
 
-def _attention(softmax, query: Array, key: Array, value: Array) -> Array:
-    t, n = query.shape[1], query.shape[-1]
-    scores = jnp.einsum("bqhn,bkhn->bhqk", query, key) / math.sqrt(n)
-    causal = jnp.tril(jnp.ones((t, t), bool))
-    return jnp.einsum("bhqk,bkhn->bqhn", softmax(scores, where=causal[None, None]), value)
-
-
-def _loss(cross_entropy, hidden: Array, embedding: Array, labels: Array) -> Array:
-    return cross_entropy(jnp.einsum("btd,vd->btv", hidden, embedding), labels)
-
-
-def _plain_cross_entropy(logits: Array, labels: Array) -> Array:
+def _plain_loss(hidden: Array, embedding: Array, labels: Array) -> Array:
+    logits = jnp.einsum("btd,vd->btv", hidden, embedding)
     logits -= jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     at_label = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-    return jnp.log(jnp.exp(logits).sum(-1)) - at_label
+    return (jnp.log(jnp.exp(logits).sum(-1)) - at_label).astype(jnp.float32).mean()
 
 
 JAXGRAD = Rules(
-    attention=functools.partial(_attention, jaxgrad.softmax),
+    attention=functools.partial(jaxgrad.dot_product_attention, is_causal=True),
     tanh=jaxgrad.tanh,
-    loss=functools.partial(_loss, jaxgrad.softmax_cross_entropy_with_integer_labels),
+    loss=functools.partial(jaxgrad.linear_softmax_cross_entropy, vocab_axis=0, reduction="mean"),
 )
 PLAIN = Rules(
-    attention=functools.partial(_attention, jax.nn.softmax),
+    attention=functools.partial(jax.nn.dot_product_attention, is_causal=True),
     tanh=jnp.tanh,
-    loss=functools.partial(_loss, _plain_cross_entropy),
+    loss=_plain_loss,
 )

@@ -52,7 +52,6 @@ def tanh(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.tanh(x)
-    x = x * 1.0 if x.weak_type else x  # a Python int gives a weak result, as in JAX
     return _tanh(numerics.as_float(x, of="tanh"))
 
 
