@@ -10,7 +10,7 @@ With E the embedding [v, d], tied to the head, and P the positions [t, d]:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ class Rules(NamedTuple):
     to their mean loss.
     """
 
-    attention: Callable[[Array, Array, Array], Array]
-    tanh: Callable[[Array], Array]
-    loss: Callable[[Array, Array, Array], Array]
+    attention: Callable[..., Any]
+    tanh: Callable[..., Any]
+    loss: Callable[..., Any]
 
 
 class Sizes(NamedTuple):
@@ -99,6 +99,6 @@ def rms_norm(x: Array, scale: Array) -> Array:
     return (x_ * inverse_root).astype(x.dtype) * scale[None, None]
 
 
-def gelu(x: Array, tanh: Callable[[Array], Array]) -> Array:
+def gelu(x: Array, tanh: Callable[..., Any]) -> Array:
     """x Φ(x), with the usual tanh in place of Φ."""
     return 0.5 * x * (1 + tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -54,7 +54,7 @@ def test_continuation_never_holds_the_unknown_word(params):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loss_is_float32(params, dtype):
+def test_loss_is_float32(params, dtype, standard_promotion):
     for which in (rules.JAXGRAD, rules.PLAIN):
         loss = jax.eval_shape(lambda p, w=which: model.loss(cast(p, dtype), WINDOWS, w), params)
         assert loss.dtype == jnp.float32
