@@ -10,7 +10,8 @@ them but the first. That is one maximum and one sum over the axis.
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from jaxgrad import numerics
 
 AxisName = Hashable | tuple[Hashable, ...] | None
 Tree = TypeVar("Tree")
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def lift(tree: Tree, axis_name: AxisName = None) -> Tree:
@@ -38,7 +40,9 @@ def lift_rows(rows: Tree, like: Any, axis_name: AxisName = None) -> Tree:
     return _cast(rows, _axes((rows, like)) - _manual(axis_name))
 
 
-def check(of: str, axis_name: AxisName, cut: dict[str, Any], whole: dict[str, Any]) -> None:
+def check(
+    of: str, axis_name: AxisName, cut: Mapping[str, Any], whole: Mapping[str, Any] = _NONE
+) -> None:
     """Raise unless rows may be cut over ``axis_name``, as far as that can be told.
 
     Args:

@@ -53,7 +53,7 @@ def linear_log_probs(
       chunk_size: Tokens of a tile, or (tokens, classes); None: chosen. Any gives the same result.
       accumulate_dtype: In which the gradients are summed over tiles.
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
-      axis_name: The mesh axis or axes, of the ``shard_map`` around the call, or the axis of ``vmap``
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over; see ``linear_softmax_cross_entropy``.
       return_entropy: Whether to return the entropy of the distribution too, differentiable.
 

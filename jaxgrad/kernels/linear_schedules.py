@@ -69,6 +69,8 @@ def _per_token_bwd(plan, residuals, bar):
     row_bars = _row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
     clean = _without_ignored(plan, tokens)
     zero = _zeros(plan, wanted, head, tokens, rule)
+    of_rows = (rule, part, row_bars)
+    rule, part, row_bars = sharding.lift(of_rows, plan.axis_name)
 
     def classes(bars, column, width, _):
         def chunk(tile, row, size, new):
@@ -80,8 +82,8 @@ def _per_token_bwd(plan, residuals, bar):
                 tile,
                 head,
                 some,
-                rule,
                 x,
+                rule,
                 part_,
                 _only(new, row_bars_),
                 start=(row, column),
@@ -102,7 +104,7 @@ def _per_token_bwd(plan, residuals, bar):
 
     bars, _ = tiling.fold(classes, zero, plan.v, plan.tile[1])
     bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
-    bars = _with_rows(plan, wanted, bars, rule, part, row_bars)
+    bars = _with_rows(plan, wanted, bars, *of_rows)
     return _cotangents(wanted, _over_shards(plan, bars))
 
 
@@ -127,6 +129,8 @@ def _total_fwd(plan, head, tokens, rule, scale):
         part, best, kept = _stream(plan, head, some, rule, keep=True)
         rows, part = _finish(plan, some, rule, part, best)
         row_bars = _row_bars(plan, some.labels, _only(new, scale_))
+        of_rows = (rule, part, row_bars)
+        of_classes = sharding.lift(of_rows, plan.axis_name)
 
         def classes(bars, column, _, x):
             return linear_tile.pull_back(
@@ -135,10 +139,8 @@ def _total_fwd(plan, head, tokens, rule, scale):
                 bars,
                 head,
                 some,
-                rule,
                 x,
-                part,
-                row_bars,
+                *of_classes,
                 start=(row, column),
                 x_at=0,
                 w_at=column,
@@ -146,7 +148,7 @@ def _total_fwd(plan, head, tokens, rule, scale):
 
         bars = bars._replace(x=_resized(zero.x, 0, size))
         bars, _ = tiling.fold(classes, bars, plan.v, plan.tile[1], kept)
-        bars = _with_rows(plan, wanted, bars, rule, part, row_bars)
+        bars = _with_rows(plan, wanted, bars, *of_rows)
         return bars._replace(x=None), (rows, _marked(plan, bars.x, some.labels))
 
     bars, (rows, x_bar) = tiling.fold_overlapping(
@@ -171,6 +173,7 @@ def _stream(
     plan: Plan, head: Head, tokens: Tokens, rule: Rule, keep: bool = False
 ) -> tuple[Part, Array, Any]:
     """The sums over all classes, the best class, and the logits if they are to be kept."""
+    rule = sharding.lift(rule, plan.axis_name)
 
     def merge(carry, column, size, _):
         so_far, best_so_far = carry

@@ -101,7 +101,7 @@ def linear_softmax_cross_entropy(
         budget (``jaxgrad/tiling.py``). The result is the same.
       accumulate_dtype: In which x̄, w̄ and b̄ are summed over tiles; float64 input: always float64.
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
-      axis_name: The mesh axis or axes, of the ``shard_map`` around the call, or the axis of ``vmap``
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over: w, bias, where and dense labels hold this shard's classes, as
         many as any other's, and all else is the same on all shards, indices counting all classes.
 

@@ -22,7 +22,8 @@ In (6) p_i nearly 1 against q_i nearly s cancels. p_i - 1 = (e_i - 1 - excess) /
 not, so there a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)                       (9)
 
 A row may come in parts (tiles of the vocabulary): ``Part`` holds the sums of one relative to its
-own maximum, ``merge`` adds two, ``merge_shards`` those that the shards of a mesh hold. Every sum keeps its axis, and masked classes are -inf in d.
+own maximum, ``merge`` adds two, ``merge_shards`` those of all shards of a mesh axis. Every sum
+keeps its axis, and masked classes are -inf in d.
 """
 
 import operator
@@ -141,7 +142,7 @@ def merge_shards(
 
 
 def _raised(rule: Rule, part: Part, top: Array) -> tuple[Array, Part]:
-    """z_max of a part less that of a whole row, whose maximum is ``top``; its sums, in d of both."""
+    """z_max of a part less that of its row, whose maximum is ``top``; its sums in d of the row."""
     level = jnp.where(top == -jnp.inf, 0, top)
     empty = part.excess == -1
     rise = -below(rule, jnp.where(empty, level, part.top), level, None)  # an empty part has no sums
