@@ -279,7 +279,10 @@ def _places(x, labels, axis, axis_name):
 
 def _hit(x, index, axis):
     classes = jnp.arange(x.shape[axis], dtype=jnp.int32)
-    return jnp.expand_dims(classes, [a for a in range(x.ndim) if a != axis]) == index
+    classes = jnp.expand_dims(classes, [a for a in range(x.ndim) if a != axis])
+    if sharding.is_cut(x, axis):
+        classes += jnp.zeros_like(x, jnp.int32)  # which are cut as x is
+    return classes == index
 
 
 def _integer_fwd(axis, ignore_index, axis_name, x, labels, where, rule):
