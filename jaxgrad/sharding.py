@@ -146,10 +146,16 @@ def add_up(gap: Array, excess: Array, axis_name: AxisName, *sums: Any) -> tuple[
     return total + (count - 1), *sums
 
 
+def names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """The axes as a tuple."""
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
 def _manual(axis_name: AxisName) -> frozenset:
     """The axes named, but for those of ``vmap``, which no type tells of."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    return frozenset(names) & frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    return frozenset(names(axis_name)) & frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _axes(tree: Any) -> frozenset:
