@@ -165,8 +165,10 @@ def _axes(tree: Any) -> frozenset:
 def _cast(tree: Tree, axes: frozenset) -> Tree:
     def cast(x: Array) -> Array:
         missing = tuple(sorted(axes - _varying(x), key=str))
-        lifted = missing and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-        return lax.pcast(x, missing, to="varying") if lifted else x
+        if not missing or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        # Transposed, this is a sum over devices: of float32 for 16-bit arrays.
+        return numerics.narrow(lax.pcast(numerics.widen(x), missing, to="varying"), like=x)
 
     return jax.tree.map(cast, tree) if axes else tree
 

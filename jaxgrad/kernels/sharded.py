@@ -85,7 +85,7 @@ def sharded(
         arrays = {
             name: z if isinstance(z, SparseLabels) else jnp.asarray(z)
             for name, z in given.items()
-            if name in ARRAYS and z is not None or isinstance(z, jax.Array)
+            if (name in ARRAYS and z is not None) or isinstance(z, jax.Array)
         }
         options = {name: z for name, z in given.items() if name not in arrays}
         specs = cuts.specs(of, arrays, given.get("vocab_axis", -1))
@@ -129,14 +129,13 @@ class Cuts(NamedTuple):
             )
         tokens = (self.batch, self.sequence, *[None] * lead)[:lead]
         w = (self.features, self.classes)
+        rows = tokens if jnp.ndim(arrays.get("where")) > 1 else ()
         specs = dict.fromkeys(arrays, P()) | {
             "x": P(*tokens, None),
             "w": P(*(w if vocab_axis % 2 else reversed(w))),
             "bias": P(self.classes),
             "weights": P(*tokens),
-            "where": P(*tokens, self.classes)
-            if jnp.ndim(arrays.get("where")) > 1
-            else P(self.classes),
+            "where": P(*rows, self.classes),
             "labels": P(*tokens),
         }
         if isinstance(labels, SparseLabels):
