@@ -9,6 +9,7 @@ from .kernels.linear_softmax_cross_entropy import (
 )
 from .kernels.log_softmax import log_softmax as log_softmax
 from .kernels.logsumexp import logsumexp as logsumexp
+from .kernels.sharded import sharded as sharded
 from .kernels.softmax import softmax as softmax
 from .kernels.softmax import softmax_jacobian as softmax_jacobian
 from .kernels.softmax import softmax_vjp as softmax_vjp
@@ -29,6 +30,7 @@ __all__ = [
     "linear_softmax_cross_entropy",
     "log_softmax",
     "logsumexp",
+    "sharded",
     "soft_cap",
     "softmax",
     "softmax_cross_entropy",

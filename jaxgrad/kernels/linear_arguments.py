@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgrad import numerics, tiling
+from jaxgrad import numerics, sharding, tiling
 from jaxgrad.kernels.linear_tile import Head, Labels, Plan, SparseLabels, Tokens, index_state
 from jaxgrad.kernels.loss_options import as_scalars
 from jaxgrad.kernels.row_rule import Rule
@@ -26,6 +26,7 @@ def arguments(
     keeps_logits: bool,
     accumulate_dtype: Any,
     precision: Any,
+    axis_name: sharding.AxisName,
 ) -> tuple[Plan, Head, Tokens, Rule, tuple[int, ...]]:
     """The arguments of a call, checked, leading dimensions flattened; and those dimensions."""
     x, w = numerics.as_float(x, of), numerics.as_float(w, of, "w")
@@ -41,6 +42,15 @@ def arguments(
             f"{of}: x must be float[..., {d}] for w of {numerics.describe(w)} with "
             f"vocab_axis={vocab_axis}, got {numerics.describe(x)}"
         )
+    dense = not isinstance(labels, SparseLabels) and jnp.issubdtype(
+        jnp.result_type(labels), jnp.floating
+    )
+    sharding.check(
+        of,
+        axis_name,
+        cut={"w": w, "bias": bias, "where": where} | ({"labels": labels} if dense else {}),
+        whole={} if dense else {"labels": labels},
+    )
     lead = x.shape[:-1]
     wide = max((numerics.widen(x).dtype, numerics.widen(w).dtype), key=lambda z: z.itemsize)
     if bias is not None:
@@ -54,7 +64,8 @@ def arguments(
                 f"{of}: where must be bool[{v}] or bool{[*lead, v]}, got {numerics.describe(where)}"
             )
         where = where.reshape(-1, v)
-    labels = _as_labels(of, labels, lead, v, ignore_index)
+    first, classes = sharding.extent(axis_name, v)
+    labels = _as_labels(of, labels, lead, v, classes, ignore_index)
     accumulate = wide if wide.itemsize > 4 else jnp.dtype(accumulate_dtype)
     t = math.prod(lead)
     plan = Plan(
@@ -65,9 +76,13 @@ def arguments(
         wide=wide,
         accumulate=accumulate,
         precision=precision,
+        axis_name=axis_name,
     )
-    tokens = Tokens(x.reshape(t, d), labels, where)
-    return plan, Head(w, bias), tokens, as_scalars(rule, wide, of), lead
+    first = None if axis_name is None else jnp.full((1, 1), first, jnp.int32)
+    tokens = Tokens(x.reshape(t, d), labels, where, first)
+    arrays = (Head(w, bias), tokens, as_scalars(rule, wide, of))
+    head, tokens, _ = sharding.lift(arrays, axis_name)
+    return plan, head, tokens, sharding.lift_rows(arrays[2], arrays, axis_name), lead
 
 
 def as_weights(of: str, weights: Any, lead: tuple[int, ...], plan: Plan) -> Array:
@@ -78,10 +93,13 @@ def as_weights(of: str, weights: Any, lead: tuple[int, ...], plan: Plan) -> Arra
             f"{of}: weights must be float{list(lead)}, one a token, "
             f"got {numerics.describe(weights)}"
         )
+    sharding.check(of, plan.axis_name, cut={}, whole={"weights": weights})
     return weights.astype(plan.wide).reshape(-1, 1)
 
 
-def _as_labels(of: str, labels: Any, lead: tuple[int, ...], v: int, ignore: int | None) -> Labels:
+def _as_labels(
+    of: str, labels: Any, lead: tuple[int, ...], v: int, classes: int, ignore: int | None
+) -> Labels:
     if isinstance(labels, SparseLabels):
         indices = numerics.as_labels(labels.indices, of)
         probs = numerics.as_float(labels.probs, of, "labels.probs")
@@ -95,7 +113,9 @@ def _as_labels(of: str, labels: Any, lead: tuple[int, ...], v: int, ignore: int 
                 f"got {numerics.describe(indices)} and {numerics.describe(probs)}"
             )
         shape = (math.prod(lead), indices.shape[-1])
-        return SparseLabels(index_state(indices, v, ignore).reshape(shape), probs.reshape(shape))
+        return SparseLabels(
+            index_state(indices, classes, ignore).reshape(shape), probs.reshape(shape)
+        )
     labels = jnp.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         if labels.shape != (*lead, v):
@@ -115,7 +135,7 @@ def _as_labels(of: str, labels: Any, lead: tuple[int, ...], v: int, ignore: int 
             f"{of}: labels must be int{list(lead)} or float{[*lead, v]}, "
             f"got {numerics.describe(labels)}"
         )
-    return index_state(labels, v, ignore).reshape(-1, 1)
+    return index_state(labels, classes, ignore).reshape(-1, 1)
 
 
 def _tile(of: str, t: int, v: int, keeps_logits: bool, chunk_size: Any) -> tuple[int, int]:

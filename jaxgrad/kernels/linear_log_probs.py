@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics
+from jaxgrad import numerics, sharding
 from jaxgrad.kernels import linear_arguments, linear_schedules
 from jaxgrad.kernels.loss_options import make_rule
 
@@ -32,6 +32,7 @@ def linear_log_probs(
     chunk_size: int | tuple[int, int] | None = None,
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
+    axis_name: sharding.AxisName = None,
     return_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Log-probability of each token's label: ``log softmax(x @ w + bias)[labels]``.
@@ -52,6 +53,8 @@ def linear_log_probs(
       chunk_size: Tokens of a tile, or (tokens, classes); None: chosen. Any gives the same result.
       accumulate_dtype: In which the gradients are summed over tiles.
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
+        that classes are cut over; see ``linear_softmax_cross_entropy``.
       return_entropy: Whether to return the entropy of the distribution too, differentiable.
 
     Returns:
@@ -104,6 +107,7 @@ def linear_log_probs(
         chunk_size=chunk_size,
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
+        axis_name=axis_name,
         return_entropy=return_entropy,
     )
 
@@ -116,6 +120,7 @@ def linear_log_probs(
         "chunk_size",
         "accumulate_dtype",
         "precision",
+        "axis_name",
         "return_entropy",
     ),
 )
@@ -132,6 +137,7 @@ def _jit(
     chunk_size,
     accumulate_dtype,
     precision,
+    axis_name,
     return_entropy,
 ):
     of = "linear_log_probs"
@@ -150,6 +156,7 @@ def _jit(
         False,
         accumulate_dtype,
         precision,
+        axis_name,
     )
     plan = plan._replace(entropy=return_entropy)
     rows: Any = linear_schedules.per_token(plan, head, tokens, rule)

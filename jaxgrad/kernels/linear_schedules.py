@@ -25,7 +25,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jaxgrad import tiling
+from jaxgrad import sharding, tiling
 from jaxgrad.kernels import linear_tile, row_rule
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
@@ -69,6 +69,8 @@ def _per_token_bwd(plan, residuals, bar):
     row_bars = _row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
     clean = _without_ignored(plan, tokens)
     zero = _zeros(plan, wanted, head, tokens, rule)
+    of_rows = (rule, part, row_bars)
+    rule, part, row_bars = sharding.lift(of_rows, plan.axis_name)
 
     def classes(bars, column, width, _):
         def chunk(tile, row, size, new):
@@ -80,8 +82,8 @@ def _per_token_bwd(plan, residuals, bar):
                 tile,
                 head,
                 some,
-                rule,
                 x,
+                rule,
                 part_,
                 _only(new, row_bars_),
                 start=(row, column),
@@ -102,8 +104,8 @@ def _per_token_bwd(plan, residuals, bar):
 
     bars, _ = tiling.fold(classes, zero, plan.v, plan.tile[1])
     bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
-    bars = _with_rows(wanted, bars, rule, part, row_bars)
-    return _cotangents(wanted, bars)
+    bars = _with_rows(plan, wanted, bars, *of_rows)
+    return _cotangents(wanted, _over_shards(plan, bars))
 
 
 per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
@@ -127,6 +129,8 @@ def _total_fwd(plan, head, tokens, rule, scale):
         part, best, kept = _stream(plan, head, some, rule, keep=True)
         rows, part = _finish(plan, some, rule, part, best)
         row_bars = _row_bars(plan, some.labels, _only(new, scale_))
+        of_rows = (rule, part, row_bars)
+        of_classes = sharding.lift(of_rows, plan.axis_name)
 
         def classes(bars, column, _, x):
             return linear_tile.pull_back(
@@ -135,10 +139,8 @@ def _total_fwd(plan, head, tokens, rule, scale):
                 bars,
                 head,
                 some,
-                rule,
                 x,
-                part,
-                row_bars,
+                *of_classes,
                 start=(row, column),
                 x_at=0,
                 w_at=column,
@@ -146,13 +148,14 @@ def _total_fwd(plan, head, tokens, rule, scale):
 
         bars = bars._replace(x=_resized(zero.x, 0, size))
         bars, _ = tiling.fold(classes, bars, plan.v, plan.tile[1], kept)
-        bars = _with_rows(wanted, bars, rule, part, row_bars)
+        bars = _with_rows(plan, wanted, bars, *of_rows)
         return bars._replace(x=None), (rows, _marked(plan, bars.x, some.labels))
 
     bars, (rows, x_bar) = tiling.fold_overlapping(
         chunk, zero._replace(x=None), len(tokens.x), plan.tile[0]
     )
-    return ((scale * rows.loss).sum(), rows), (wanted, bars._replace(x=x_bar), rows.loss)
+    bars = _over_shards(plan, bars._replace(x=x_bar))
+    return ((scale * rows.loss).sum(), rows), (wanted, bars, rows.loss)
 
 
 def _total_bwd(plan, residuals, bar):
@@ -170,6 +173,7 @@ def _stream(
     plan: Plan, head: Head, tokens: Tokens, rule: Rule, keep: bool = False
 ) -> tuple[Part, Array, Any]:
     """The sums over all classes, the best class, and the logits if they are to be kept."""
+    rule = sharding.lift(rule, plan.axis_name)
 
     def merge(carry, column, size, _):
         so_far, best_so_far = carry
@@ -185,10 +189,13 @@ def _stream(
 
 def _finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> tuple[Rows, Part]:
     """The rows, and the sums as the backward takes them."""
-    if linear_tile.is_integer(tokens.labels):
+    integer, some = linear_tile.is_integer(tokens.labels), None
+    if integer and tokens.where is not None:
+        some = jnp.broadcast_to(tokens.where.any(1, keepdims=True), part.gap.shape)
+    part, best, some = linear_tile.merge_shards(plan, tokens, rule, part, best, some)
+    if integer:
         part = part._replace(mass=None)
-        if tokens.where is not None:
-            some = jnp.broadcast_to(tokens.where.any(1, keepdims=True), part.gap.shape)
+        if some is not None:
             part = part._replace(gap=jnp.where(some, part.gap, 0), mass=some.astype(plan.wide))
     ignored, unknown = linear_tile.row_state(plan, tokens.labels)
 
@@ -238,17 +245,26 @@ def _marked(plan: Plan, x_bar: Array | None, labels: Labels) -> Array | None:
     return x_bar if x_bar is None or unknown is None else jnp.where(unknown, jnp.nan, x_bar)
 
 
-def _with_rows(wanted: Wanted, bars: Bars, rule: Rule, part: Part, row_bars: Any) -> Bars:
+def _with_rows(
+    plan: Plan, wanted: Wanted, bars: Bars, rule: Rule, part: Part, row_bars: Any
+) -> Bars:
     if wanted.rule is None:
         return bars
-    rest = row_rule.rows_to_rule(rule, part, *row_bars[:2])
+    rest = sharding.once(row_rule.rows_to_rule(rule, part, *row_bars[:2]), plan.axis_name)
     return bars._replace(rule=linear_tile.add_rules(bars.rule, rest))
 
 
-def _zeros(plan: Plan, wanted: Wanted, head: Head, tokens: Tokens, rule: Rule) -> Bars:
-    def zeros(dtype, tree, sums=plan.accumulate):
-        return None if dtype is None else jax.tree.map(lambda z: jnp.zeros(z.shape, sums), tree)
+def _over_shards(plan: Plan, bars: Bars) -> Bars:
+    """``bars`` with that of the rule, which all shards share, summed over them."""
+    return bars._replace(rule=sharding.psum(bars.rule, plan.axis_name))
 
+
+def _zeros(plan: Plan, wanted: Wanted, head: Head, tokens: Tokens, rule: Rule) -> Bars:
+    def zeros(dtype, tree):
+        zero = lambda z: jnp.zeros_like(z, plan.accumulate)
+        return None if dtype is None else jax.tree.map(zero, tree)
+
+    row_zero = jnp.zeros_like(tokens.x, plan.wide, shape=())
     labels = tokens.labels
     if isinstance(labels, SparseLabels):
         labels = labels._replace(indices=None)
@@ -257,13 +273,14 @@ def _zeros(plan: Plan, wanted: Wanted, head: Head, tokens: Tokens, rule: Rule) -
         zeros(wanted.w, head.w),
         zeros(wanted.labels, labels),
         zeros(wanted.bias, head.bias),
-        zeros(wanted.rule, rule, plan.wide),
+        None if wanted.rule is None else jax.tree.map(lambda _: row_zero, rule),
     )
 
 
 def _resized(x: Array | None, axis: int, size: int) -> Array | None:
     """Zeros like ``x``, but for the length of one axis."""
-    return None if x is None else jnp.zeros((*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype)
+    shape = None if x is None else (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    return None if x is None else jnp.zeros_like(x, shape=shape)
 
 
 def _cast(bar: Any, dtype: Any) -> Any:

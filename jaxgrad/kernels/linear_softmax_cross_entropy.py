@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxgrad import sharding
 from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tile
 from jaxgrad.kernels.linear_tile import SparseLabels
 from jaxgrad.kernels.loss_options import make_rule, mean_weights
@@ -52,6 +53,7 @@ def linear_softmax_cross_entropy(
     chunk_size: int | tuple[int, int] | None = None,
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
+    axis_name: sharding.AxisName = None,
 ) -> Array | tuple[Array, Aux]:
     r"""Cross-entropy of ``softmax(x @ w + bias)``, without ever holding the logits.
 
@@ -99,6 +101,9 @@ def linear_softmax_cross_entropy(
         budget (``jaxgrad/tiling.py``). The result is the same.
       accumulate_dtype: In which x̄, w̄ and b̄ are summed over tiles; float64 input: always float64.
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
+        that classes are cut over: w, bias, where and dense labels hold this shard's classes, as
+        many as any other's, and all else is the same on all shards, indices counting all classes.
 
     Returns:
       The loss, float32 for 16-bit input; or ``(loss, aux)``.
@@ -142,6 +147,7 @@ def linear_softmax_cross_entropy(
         chunk_size=chunk_size,
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
+        axis_name=axis_name,
     )
 
 
@@ -156,6 +162,7 @@ def linear_softmax_cross_entropy(
         "chunk_size",
         "accumulate_dtype",
         "precision",
+        "axis_name",
     ),
 )
 def _jit(
@@ -175,6 +182,7 @@ def _jit(
     chunk_size,
     accumulate_dtype,
     precision,
+    axis_name,
 ):
     plan, head, tokens, rule, lead = linear_arguments.arguments(
         of,
@@ -190,6 +198,7 @@ def _jit(
         reduction is not None,
         accumulate_dtype,
         precision,
+        axis_name,
     )
     plan = plan._replace(entropy=return_aux, argmax=return_aux)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
@@ -202,6 +211,7 @@ def _jit(
         ignored, _ = linear_tile.row_state(plan, tokens.labels)
         scale = scale if ignored is None else jnp.where(ignored, 0, scale)
         scale = mean_weights(scale) if reduction == "mean" else scale
+        scale = sharding.lift_rows(scale, (head, tokens, rule), axis_name)
         results: Any = linear_schedules.total(plan, head, tokens, rule, scale)
         loss, rows = results[0], linear_schedules.Rows(*map(lax.stop_gradient, results[1]))
     if not return_aux:

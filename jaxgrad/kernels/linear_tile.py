@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgrad import numerics, tiling
+from jaxgrad import numerics, sharding, tiling
 from jaxgrad.kernels import row_rule
 from jaxgrad.kernels.row_rule import Part, Rule
 
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     precision: Any
     entropy: bool = False
     argmax: bool = False
+    axis_name: sharding.AxisName = None  # that the classes are cut over
 
 
 class Head(NamedTuple):
@@ -60,6 +61,7 @@ class Tokens(NamedTuple):
     x: Array
     labels: Labels
     where: Array | None  # [1, v] or [t, v]
+    first: Array | None = None  # [1, 1], the index of this shard's first class
 
 
 @jax.tree_util.register_static
@@ -84,14 +86,14 @@ class Bars(NamedTuple):
     rule: Any = None
 
 
-UNKNOWN = -1  # an index out of range; one to be ignored is v, which no tile holds
+UNKNOWN, IGNORED = -1, -2  # an index out of range, and one to be left out: no tile holds them
 
 
 def index_state(labels: Array, v: int, ignore_index: int | None) -> Array:
-    """Integer labels as int32 indices in [0, v), or ``UNKNOWN``, or v for one to be ignored."""
+    """Integer labels as int32 indices in [0, v), or ``UNKNOWN``, or ``IGNORED``."""
     known = (labels >= 0) & (labels < v)
     index = jnp.where(known, labels, UNKNOWN).astype(jnp.int32)
-    return index if ignore_index is None else jnp.where(labels == ignore_index, v, index)
+    return index if ignore_index is None else jnp.where(labels == ignore_index, IGNORED, index)
 
 
 def row_state(plan: Plan, labels: Labels) -> tuple[Array | None, Array | None]:
@@ -99,7 +101,7 @@ def row_state(plan: Plan, labels: Labels) -> tuple[Array | None, Array | None]:
     if is_dense(labels):
         return None, None
     index = labels.indices if isinstance(labels, SparseLabels) else labels
-    ignored = (index == plan.v).all(1, keepdims=True) if plan.ignores else None
+    ignored = (index == IGNORED).all(1, keepdims=True) if plan.ignores else None
     return ignored, (index == UNKNOWN).any(1, keepdims=True)
 
 
@@ -136,7 +138,7 @@ def targets(plan: Plan, labels: Labels, start: Any, size: int) -> Array:
 
 def nothing(plan: Plan, tokens: Tokens, rule: Rule) -> tuple[Part, Array]:
     """What :func:`measure` gives for no classes."""
-    zero = jnp.zeros((len(tokens.x), 1), plan.wide)
+    zero = jnp.zeros_like(tokens.x, plan.wide, shape=(len(tokens.x), 1))
     some = zero if rule.label_smoothing is not None else None
     part = Part(
         zero - jnp.inf,
@@ -147,24 +149,40 @@ def nothing(plan: Plan, tokens: Tokens, rule: Rule) -> tuple[Part, Array]:
         count=some,
         moment=zero if plan.entropy else None,
     )
-    return part, jnp.zeros(zero.shape, jnp.int32)
+    return part, jnp.zeros_like(zero, jnp.int32)
 
 
 def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tuple[Part, Array]:
     """The sums of this tile, and its best class."""
     where = _columns(tokens.where, start, x.shape[1])
-    t = targets(plan, tokens.labels, start, x.shape[1])
+    labels = _own(tokens)
+    t = targets(plan, labels, start, x.shape[1])
     if t.dtype == bool:
         part = row_rule.measure(rule, x, None, where, (1,), plan.entropy)
         gap = jnp.where(t, -row_rule.below(rule, x, part.top, where), 0)
-        inside = (tokens.labels >= start) & (tokens.labels < start + x.shape[1])
+        inside = (labels >= start) & (labels < start + x.shape[1])
         part = part._replace(gap=gap.sum(1, keepdims=True), mass=inside.astype(plan.wide))
     else:
         part = row_rule.measure(rule, x, t, where, (1,), plan.entropy)
     if not plan.argmax:
-        return part, jnp.zeros(part.top.shape, jnp.int32)
+        return part, jnp.zeros_like(part.top, jnp.int32)
     best = jnp.argmax(numerics.masked(x, where), 1, keepdims=True)
     return part, start + best.astype(jnp.int32)
+
+
+def merge_shards(
+    plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array, some: Array | None
+) -> tuple[Part, Array, Array | None]:
+    """The sums and the best class of all shards, and whether any has ``some`` class."""
+    if plan.axis_name is None:
+        return part, best, some
+    some = None if some is None else some.astype(plan.wide)
+    whole, some = row_rule.merge_shards(rule, part, plan.axis_name, some)
+    if plan.argmax:
+        best = sharding.first(best + tokens.first, part.top == whole.top, plan.axis_name)
+    else:
+        best = jnp.zeros_like(whole.top, jnp.int32)
+    return whole, best, None if some is None else some > 0
 
 
 def pull_back(
@@ -173,8 +191,8 @@ def pull_back(
     bars: Bars,
     head: Head,
     tokens: Tokens,
-    rule: Rule,
     x: Array,
+    rule: Rule,
     part: Part,
     row_bars: tuple[Array, Array | None, Array | None],
     start: tuple[Any, Any],
@@ -192,7 +210,8 @@ def pull_back(
     """
     row, column = start
     where = _columns(tokens.where, column, x.shape[1])
-    t = targets(plan, tokens.labels, column, x.shape[1])
+    labels = _own(tokens)
+    t = targets(plan, labels, column, x.shape[1])
     z_bar = row_rule.gradient(rule, x, t, where, part, *row_bars)
     x_bar = row_rule.to_logits(rule, x, where, z_bar)
     if wanted.rule is not None:
@@ -201,8 +220,8 @@ def pull_back(
         )
     if wanted.labels is not None:
         t_bar = row_rule.to_targets(rule, x, t, where, part, row_bars[0])
-        if isinstance(tokens.labels, SparseLabels):
-            at, inside = _entries(tokens.labels, column, x.shape[1])
+        if isinstance(labels, SparseLabels):
+            at, inside = _entries(labels, column, x.shape[1])
             t_bar = jnp.take_along_axis(t_bar, jnp.where(inside, at, 0), 1)
             probs_bar = tiling.add(bars.labels.probs, jnp.where(inside, t_bar, 0), row, 0)
             bars = bars._replace(labels=SparseLabels(None, probs_bar))
@@ -234,6 +253,16 @@ def add_rules(total: Rule | None, part: Rule) -> Rule | None:
     if total is None:
         return None
     return Rule(*(a if b is None else a + b for a, b in zip(total, part, strict=True)))
+
+
+def _own(tokens):
+    """Labels whose indices count from the first class of this shard."""
+    labels = tokens.labels
+    if tokens.first is None or is_dense(labels):
+        return labels
+    if isinstance(labels, SparseLabels):
+        return labels._replace(indices=labels.indices - tokens.first)
+    return labels - tokens.first
 
 
 def _classes(plan, w, start, size):

@@ -25,7 +25,13 @@ from jaxgrad import numerics, sharding
 from jaxgrad.numerics import Axis
 
 
-def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def log_softmax(
+    x: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: sharding.AxisName = None,
+) -> Array:
     r"""Logarithm of soft-max along ``axis``, never by way of soft-max itself.
 
     .. math:: y_i = x_i - \log \sum_k e^{x_k}, \qquad \bar x = \bar y - p \sum_k \bar y_k
@@ -39,13 +45,16 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
       axis: The axis or axes of the classes; None for all.
       where: ``bool``, broadcastable to ``x``: the entries that take part. The others give -inf
         with gradient 0, whatever they hold.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``, that
+        ``axis`` is cut over; ``x`` holds this shard's part, as long as any other's.
 
     Returns:
       Log-probabilities (natural logarithm, nats), with the shape and dtype of ``x``.
 
     Raises:
       TypeError: ``x`` is complex.
-      ValueError: ``axis`` is out of bounds, or ``where`` does not broadcast to ``x``.
+      ValueError: ``axis`` is out of bounds, ``where`` does not broadcast to ``x``, or ``x`` is not
+        cut over ``axis_name``.
 
     Example:
       >>> print(log_softmax(jnp.array([30.0, 0.0])))
@@ -54,37 +63,42 @@ def log_softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -
     See also:
       :func:`softmax_cross_entropy_with_integer_labels`, the loss that needs one entry of it.
     """
-    return _log_softmax_jit(x, numerics.as_static(axis), where)
+    return _log_softmax_jit(x, numerics.as_static(axis), where, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _log_softmax_jit(x, axis, where):
+@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
+def _log_softmax_jit(x, axis, where, axis_name):
     x = numerics.as_float(x, of="log_softmax")
     where = numerics.as_mask(where, x, of="log_softmax")
     axes = numerics.as_axes(axis, x, of="log_softmax")
-    return _log_softmax(axes, *sharding.lift((x, where)))
+    sharding.check("log_softmax", axis_name, cut={"x": x})
+    return _log_softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_softmax(axis: tuple[int, ...], x: Array, where: Array | None) -> Array:
-    return _forward(axis, x, where)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _log_softmax(
+    axis: tuple[int, ...], axis_name: sharding.AxisName, x: Array, where: Array | None
+) -> Array:
+    return _forward(axis, axis_name, x, where)[0]
 
 
-def _forward(axis, x, where):  # (1)
+def _forward(axis, axis_name, x, where):  # (1)
     x = numerics.masked(x, where)
     m = numerics.row_max(x, axis)
     excess = numerics.row_excess(lambda: numerics.below_max(*numerics.apart(x, m)), axis)
+    m, excess = sharding.merge(m, excess, axis_name)
     y = numerics.below_max(x, m) - numerics.log_sum(excess)
     return numerics.narrow(y, like=x), m, excess
 
 
-def _fwd(axis, x, where):
-    y, m, excess = _forward(axis, x, where)
+def _fwd(axis, axis_name, x, where):
+    y, m, excess = _forward(axis, axis_name, x, where)
     return y, (x, where, m, excess)
 
 
-def _bwd(axis, residuals, y_bar):
-    x, where, m, excess = residuals
+def _bwd(axis, axis_name, residuals, y_bar):
+    x, where, *row = residuals
+    m, excess = sharding.lift(row, axis_name)  # here, not in a branch that some shards do not take
     x = numerics.masked(x, where)
     y_bar = numerics.masked(y_bar, where, 0)
     won, inverse = numerics.won(excess), numerics.inverse_sum(excess)
@@ -95,6 +109,7 @@ def _bwd(axis, residuals, y_bar):
         return (numerics.widen(y_bar) * lost).sum(axis, keepdims=True)
 
     others = numerics.if_any(won, total_of_others, lambda: total)
+    total, others = sharding.psum((total, others), axis_name)
     x, m, y_bar, total = numerics.apart(x, m, y_bar, total)
     e, y_bar_ = jnp.exp(numerics.below_max(x, m)), numerics.widen(y_bar)
     winner = y_bar_ * (excess * inverse) - e * (inverse * others)  # (4)

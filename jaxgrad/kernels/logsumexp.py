@@ -35,6 +35,8 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: Literal[False] = False,
     where: ArrayLike | None = None,
+    *,
+    axis_name: sharding.AxisName = None,
 ) -> Array: ...
 
 
@@ -47,6 +49,7 @@ def logsumexp(
     *,
     return_sign: Literal[True],
     where: ArrayLike | None = None,
+    axis_name: sharding.AxisName = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -57,6 +60,8 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: bool = False,
     where: ArrayLike | None = None,
+    *,
+    axis_name: sharding.AxisName = None,
 ) -> Array | tuple[Array, Array]:
     r"""Logarithm of a sum of exponentials, without overflow.
 
@@ -73,12 +78,15 @@ def logsumexp(
       keepdims: Leave the summed axes in place with length 1.
       return_sign: Return ``(log|Σ|, sign Σ)``. Otherwise a negative sum gives NaN.
       where: ``bool``, broadcastable to ``a``: the entries that take part.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``, that
+        the sum is cut over; ``a`` holds this shard's part, as long as any other's.
 
     Returns:
       L, in the dtype of ``a``; with ``return_sign`` also the sign, -1, 0 or 1, of the same dtype.
 
     Raises:
-      ValueError: ``axis`` is out of bounds, or ``b`` or ``where`` does not broadcast to ``a``.
+      ValueError: ``axis`` is out of bounds, ``b`` or ``where`` does not broadcast to ``a``, or
+        ``a`` is not cut over ``axis_name``.
 
     Example:
       >>> print((logsumexp(jnp.array([1000.0, 1000.0])) - 1000.0).round(3))
@@ -87,24 +95,28 @@ def logsumexp(
     See also:
       :func:`log_softmax`, which subtracts it from every entry.
     """
-    return _logsumexp_jit(a, numerics.as_static(axis), b, keepdims, return_sign, where)
+    return _logsumexp_jit(a, numerics.as_static(axis), b, keepdims, return_sign, where, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "keepdims", "return_sign"))
-def _logsumexp_jit(a, axis, b, keepdims, return_sign, where):
+@functools.partial(jax.jit, static_argnames=("axis", "keepdims", "return_sign", "axis_name"))
+def _logsumexp_jit(a, axis, b, keepdims, return_sign, where, axis_name):
     a = jnp.asarray(a)
     if any(jnp.iscomplexobj(z) for z in (a, b)):
+        if axis_name is not None:
+            raise TypeError(f"logsumexp: a must be real with axis_name, got {numerics.describe(a)}")
         return jax.nn.logsumexp(a, axis, b, keepdims, return_sign, where)
     a = numerics.as_float(a, of="logsumexp", name="a")
+    sharding.check("logsumexp", axis_name, cut={"a": a})
     if b is not None:
         a, b = _broadcast(a, numerics.as_float(b, of="logsumexp", name="b"))
     where = numerics.as_mask(where, a, of="logsumexp", name="a")
     axes = numerics.as_axes(axis, a, of="logsumexp", name="a")
     if b is None:
-        lse = cast(Array, _logsumexp(axes, *sharding.lift((a, where))))
+        lse = cast(Array, _logsumexp(axes, axis_name, *sharding.lift((a, where), axis_name)))
         sign = jnp.where(jnp.isnan(lse), lse, (lse > -jnp.inf).astype(lse.dtype))
     else:
-        lse, sign = cast(tuple[Array, Array], _scaled(axes, *sharding.lift((a, b, where))))
+        arrays = sharding.lift((a, b, where), axis_name)
+        lse, sign = cast(tuple[Array, Array], _scaled(axes, axis_name, *arrays))
         if not return_sign:
             lse = jnp.where(sign < 0, jnp.nan, lse)
     if not keepdims:
@@ -124,24 +136,27 @@ def _broadcast(a, b):
     return tuple(jnp.broadcast_to(z.astype(dtype), shape) for z in (a, b))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logsumexp(axis: tuple[int, ...], a: Array, where: Array | None) -> Array:
-    return _forward(axis, a, where)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logsumexp(
+    axis: tuple[int, ...], axis_name: sharding.AxisName, a: Array, where: Array | None
+) -> Array:
+    return _forward(axis, axis_name, a, where)[0]
 
 
-def _forward(axis, a, where):  # (1)
+def _forward(axis, axis_name, a, where):  # (1)
     a = numerics.masked(a, where)
     m = numerics.row_max(a, axis)
     excess = numerics.row_excess(lambda: numerics.below_max(*numerics.apart(a, m)), axis)
+    m, excess = sharding.merge(m, excess, axis_name)
     return numerics.narrow(numerics.log_sum_exp(m, excess), like=a), m, excess
 
 
-def _fwd(axis, a, where):
-    lse, m, excess = _forward(axis, a, where)
+def _fwd(axis, axis_name, a, where):
+    lse, m, excess = _forward(axis, axis_name, a, where)
     return lse, (a, where, m, excess)
 
 
-def _bwd(axis, residuals, lse_bar):  # (2)
+def _bwd(axis, axis_name, residuals, lse_bar):  # (2)
     a, where, m, excess = residuals
     e = jnp.exp(numerics.below_max(numerics.masked(a, where), m))
     p = e * numerics.inverse_sum(excess)
@@ -151,26 +166,28 @@ def _bwd(axis, residuals, lse_bar):  # (2)
 _logsumexp.defvjp(_fwd, _bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scaled(axis: tuple[int, ...], a: Array, b: Array, where: Array | None) -> tuple[Array, Array]:
-    return _scaled_forward(axis, a, b, where)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scaled(
+    axis: tuple[int, ...], axis_name: sharding.AxisName, a: Array, b: Array, where: Array | None
+) -> tuple[Array, Array]:
+    return _scaled_forward(axis, axis_name, a, b, where)[0]
 
 
-def _scaled_forward(axis, a, b, where):  # (3)
+def _scaled_forward(axis, axis_name, a, b, where):  # (3)
     a, b_ = numerics.masked(a, where), numerics.widen(b)
-    m = numerics.row_max(numerics.masked(a, b != 0), axis)
+    m = sharding.pmax(numerics.row_max(numerics.masked(a, b != 0), axis), axis_name)
     terms = numerics.safe_multiply(b_, jnp.exp(numerics.below_max(a, m)))
-    r = terms.sum(axis, keepdims=True)
+    r = sharding.psum(terms.sum(axis, keepdims=True), axis_name)
     lse = jnp.where(m == jnp.inf, m, m + jnp.log(jnp.abs(r)))
     return (numerics.narrow(lse, like=a), numerics.narrow(jnp.sign(r), like=a)), m, r
 
 
-def _scaled_fwd(axis, a, b, where):
-    out, m, r = _scaled_forward(axis, a, b, where)
+def _scaled_fwd(axis, axis_name, a, b, where):
+    out, m, r = _scaled_forward(axis, axis_name, a, b, where)
     return out, (a, b, where, m, r)
 
 
-def _scaled_bwd(axis, residuals, cotangents):
+def _scaled_bwd(axis, axis_name, residuals, cotangents):
     a, b, where, m, r = residuals
     lse_bar = numerics.widen(cotangents[0])
     share = jnp.exp(numerics.below_max(numerics.masked(a, where), m)) / jnp.where(

@@ -22,7 +22,8 @@ In (6) p_i nearly 1 against q_i nearly s cancels. p_i - 1 = (e_i - 1 - excess) /
 not, so there a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)                       (9)
 
 A row may come in parts (tiles of the vocabulary): ``Part`` holds the sums of one relative to its
-own maximum, ``merge`` adds two. Every sum keeps its axis, and masked classes are -inf in d.
+own maximum, ``merge`` adds two, ``merge_shards`` those of all shards of a mesh axis. Every sum
+keeps its axis, and masked classes are -inf in d.
 """
 
 import operator
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgrad import numerics
+from jaxgrad import numerics, sharding
 from jaxgrad.kernels.tanh import cap_slope, sech2
 
 
@@ -122,35 +123,38 @@ def measure(
 def merge(rule: Rule, a: Part, b: Part) -> Part:
     """The sums over two sets of classes of a row; where there is a ``gap``, with its ``mass``."""
     top = jnp.maximum(a.top, b.top)
+    (z_a, a), (z_b, b) = _raised(rule, a, top), _raised(rule, b, top)
+    _, excess = numerics.merge(z_a, a.excess, z_b, b.excess)
+    sums = zip(a[2:], b[2:], strict=True)
+    return Part(top, excess, *(None if i is None or j is None else i + j for i, j in sums))
+
+
+def merge_shards(
+    rule: Rule, part: Part, axis_name: sharding.AxisName, *more: Array | None
+) -> tuple[Any, ...]:
+    """The sums over the classes of all shards, each with a ``part``; and ``more`` sums."""
+    if axis_name is None:
+        return part, *more
+    top = sharding.pmax(part.top, axis_name)
+    z, part = _raised(rule, part, top)
+    excess, sums, *more_sums = sharding.add_up(z, part.excess, axis_name, part[2:], *more)
+    return Part(top, excess, *sums), *more_sums
+
+
+def _raised(rule: Rule, part: Part, top: Array) -> tuple[Array, Part]:
+    """z_max of a part less that of its row, whose maximum is ``top``; its sums in d of the row."""
     level = jnp.where(top == -jnp.inf, 0, top)
+    empty = part.excess == -1
+    rise = -below(rule, jnp.where(empty, level, part.top), level, None)  # an empty part has no sums
 
-    def rise(part):  # z_max - z_max of the part; 0 for an empty one, which has nothing to shift
-        return -below(rule, jnp.where(part.excess == -1, level, part.top), level, None)
-
-    def z_max(part, rise):  # relative to the whole
-        return jnp.where(part.excess == -1, -jnp.inf, -rise)
-
-    rise_a, rise_b = rise(a), rise(b)
-    _, excess = numerics.merge(z_max(a, rise_a), a.excess, z_max(b, rise_b), b.excess)
-
-    def add(of_a, of_b):
-        return None if of_a is None or of_b is None else of_a + of_b
-
-    def shifted(rise, value, size):  # Σ size (-d), once d falls by the rise
+    def shifted(value, size):  # Σ size (-d), once d falls by the rise
         return None if value is None else value + numerics.safe_multiply(size, rise)
 
-    def moment(part, rise):
-        total = shifted(rise, part.moment, 1 + part.excess)
-        return None if total is None else total * jnp.exp(-rise)
-
-    return Part(
-        top,
-        excess,
-        gap=add(shifted(rise_a, a.gap, a.mass), shifted(rise_b, b.gap, b.mass)),
-        mass=add(a.mass, b.mass),
-        spread=add(shifted(rise_a, a.spread, a.count), shifted(rise_b, b.spread, b.count)),
-        count=add(a.count, b.count),
-        moment=add(moment(a, rise_a), moment(b, rise_b)),
+    moment = shifted(part.moment, 1 + part.excess)
+    return jnp.where(empty, -jnp.inf, -rise), part._replace(
+        gap=shifted(part.gap, part.mass),
+        spread=shifted(part.spread, part.count),
+        moment=None if moment is None else moment * jnp.exp(-rise),
     )
 
 

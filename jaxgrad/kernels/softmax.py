@@ -29,7 +29,13 @@ from jaxgrad import numerics, sharding
 from jaxgrad.numerics import Axis
 
 
-def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def softmax(
+    x: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    axis_name: sharding.AxisName = None,
+) -> Array:
     r"""Soft-max of ``x`` along ``axis``: non-negative, summing to one.
 
     .. math:: y_i = e^{x_i} / \sum_k e^{x_k}, \qquad
@@ -43,13 +49,16 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Ar
       axis: The axis or axes that sum to one; None for all.
       where: ``bool``, broadcastable to ``x``: the entries that take part. The others give 0 with
         gradient 0, whatever they hold.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``, that
+        ``axis`` is cut over; ``x`` holds this shard's part, as long as any other's.
 
     Returns:
       Probabilities, with the shape and dtype of ``x``.
 
     Raises:
       TypeError: ``x`` is complex.
-      ValueError: ``axis`` is out of bounds, or ``where`` does not broadcast to ``x``.
+      ValueError: ``axis`` is out of bounds, ``where`` does not broadcast to ``x``, or ``x`` is not
+        cut over ``axis_name``.
 
     Example:
       >>> softmax(jnp.array([0.0, jnp.log(3.0), -jnp.inf])).round(2)
@@ -58,15 +67,16 @@ def softmax(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Ar
     See also:
       :func:`log_softmax` where the logarithm is wanted, :func:`softmax_cross_entropy` for a loss.
     """
-    return _softmax_jit(x, numerics.as_static(axis), where)
+    return _softmax_jit(x, numerics.as_static(axis), where, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _softmax_jit(x, axis, where):
+@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
+def _softmax_jit(x, axis, where, axis_name):
     x = numerics.as_float(x, of="softmax")
     where = numerics.as_mask(where, x, of="softmax")
     axes = numerics.as_axes(axis, x, of="softmax")
-    return _softmax(axes, *sharding.lift((x, where)))
+    sharding.check("softmax", axis_name, cut={"x": x})
+    return _softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -133,22 +143,25 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Array:
     """
     x = numerics.as_float(x, of="softmax_jacobian")
     (axis,) = numerics.as_axes(axis, x, of="softmax_jacobian")
-    y = jnp.moveaxis(_forward((axis,), numerics.widen(x), None)[0], axis, -1)
+    y = jnp.moveaxis(_forward((axis,), None, numerics.widen(x), None)[0], axis, -1)
     others = ~jnp.eye(y.shape[-1], dtype=bool)
     products = jnp.where(others, y[..., :, None] * y[..., None, :], 0)
     diagonal = jnp.where(others, 0, products.sum(-1)[..., None])
     return numerics.narrow(diagonal - products, like=x)  # (2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax(axis: tuple[int, ...], x: Array, where: Array | None) -> Array:
-    return _forward(axis, x, where)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax(
+    axis: tuple[int, ...], axis_name: sharding.AxisName, x: Array, where: Array | None
+) -> Array:
+    return _forward(axis, axis_name, x, where)[0]
 
 
-def _forward(axis, x, where):  # (1)
+def _forward(axis, axis_name, x, where):  # (1)
     x = numerics.masked(x, where)
-    m = numerics.row_max(x, axis)
+    m = sharding.pmax(numerics.row_max(x, axis), axis_name)
     s = jnp.exp(numerics.below_max(*numerics.apart(x, m))).sum(axis, keepdims=True)
+    s = sharding.psum(s, axis_name)
     return numerics.narrow(_share(x, m, s), like=x), m, s
 
 
@@ -156,12 +169,12 @@ def _share(x, m, s):
     return jnp.exp(numerics.below_max(x, m)) * jnp.where(s == 0, 0, 1 / jnp.where(s == 0, 1, s))
 
 
-def _fwd(axis, x, where):
-    y, m, s = _forward(axis, x, where)
+def _fwd(axis, axis_name, x, where):
+    y, m, s = _forward(axis, axis_name, x, where)
     return y, ((y,) if numerics.is_wide(x) else (x, m, s), where)
 
 
-def _bwd(axis, residuals, y_bar):
+def _bwd(axis, axis_name, residuals, y_bar):
     kept, where = residuals
     y_bar = numerics.masked(y_bar, where, 0)
 
@@ -172,15 +185,19 @@ def _bwd(axis, residuals, y_bar):
         x, m, s = again[:3]
         return _share(numerics.masked(x, where), m, s), numerics.widen(y_bar_)
 
-    return numerics.narrow(_vjp(operands, axis), like=y_bar), None
+    return numerics.narrow(_vjp(operands, axis, axis_name), like=y_bar), None
 
 
 # ``operands(*rows)`` gives y and ȳ, computed anew for a consumer that follows ``rows``.
-def _vjp(operands: Callable[..., tuple[Array, Array]], axis: tuple[int, ...]) -> Array:  # (4)
+def _vjp(  # (4)
+    operands: Callable[..., tuple[Array, Array]],
+    axis: tuple[int, ...],
+    axis_name: sharding.AxisName = None,
+) -> Array:
     y, y_bar = operands()
-    inner = (y_bar * y).sum(axis, keepdims=True)
+    inner = sharding.psum((y_bar * y).sum(axis, keepdims=True), axis_name)
     y, y_bar = operands(inner)
-    rest = ((y_bar - inner) * y).sum(axis, keepdims=True)
+    rest = sharding.psum(((y_bar - inner) * y).sum(axis, keepdims=True), axis_name)
     y, y_bar = operands(rest)
     return y * ((y_bar - inner) - rest)
 

@@ -33,6 +33,7 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
+    axis_name: sharding.AxisName = None,
 ) -> Array:
     r"""Cross-entropy of soft-max against a distribution of labels, from the logits.
 
@@ -54,6 +55,9 @@ def softmax_cross_entropy(
       z_loss: ζ of a term :math:`\zeta\,(\log \sum_i e^{z_i})^2` added to each loss.
       temperature: T > 0, dividing the logits after the soft-cap.
       logit_soft_cap: Squash logits into (-cap, cap) by :func:`soft_cap`; None for not at all.
+      axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``, that
+        the classes are cut over; ``logits`` and ``labels`` hold this shard's classes, as many as
+        any other's.
 
     Returns:
       Losses in nats, ``float[...]`` without ``axis``: float32 for 16-bit logits, else their dtype.
@@ -78,7 +82,7 @@ def softmax_cross_entropy(
     """
     of = "softmax_cross_entropy"
     rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
-    return _dense_jit(logits, labels, numerics.as_static(axis), where, rule)
+    return _dense_jit(logits, labels, numerics.as_static(axis), where, rule, axis_name)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -92,6 +96,7 @@ def softmax_cross_entropy_with_integer_labels(
     temperature: ArrayLike = 1.0,
     logit_soft_cap: ArrayLike | None = None,
     ignore_index: int | None = None,
+    axis_name: sharding.AxisName = None,
 ) -> Array:
     r"""Cross-entropy of soft-max against the index of the right class, from the logits.
 
@@ -115,6 +120,8 @@ def softmax_cross_entropy_with_integer_labels(
       temperature: T > 0, dividing the logits after the soft-cap.
       logit_soft_cap: Squash logits into (-cap, cap) by :func:`soft_cap`; None for not at all.
       ignore_index: The label of rows with loss 0 and gradient 0, whatever they hold. Static.
+      axis_name: As for :func:`softmax_cross_entropy`, but ``labels`` are the same on all shards:
+        they count all classes, not a shard's.
 
     Returns:
       Losses in nats, ``float[...]`` without ``axis``: float32 for 16-bit logits, else their dtype.
@@ -137,22 +144,25 @@ def softmax_cross_entropy_with_integer_labels(
     rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
     if ignore_index is not None:
         ignore_index = numerics.as_index(ignore_index, of, "ignore_index")
-    return _integer_jit(logits, labels, numerics.as_static(axis), where, rule, ignore_index)
+    axis = numerics.as_static(axis)
+    return _integer_jit(logits, labels, axis, where, rule, ignore_index, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _dense_jit(logits, labels, axis, where, rule):
+@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
+def _dense_jit(logits, labels, axis, where, rule, axis_name):
     of = "softmax_cross_entropy"
     x = numerics.as_float(logits, of, "logits")
     t = numerics.as_float(labels, of, "labels")
     x, t, axes = numerics.broadcast_labels(x, t, axis, of, "logits")
     where = numerics.as_row_mask(where, x, axes, of, "logits")
     rule = as_scalars(rule, numerics.widen(x).dtype, of)
-    return cast(Array, _dense(axes, *sharding.lift((x, t, where, rule)))).squeeze(axes)
+    sharding.check(of, axis_name, cut={"logits": x, "labels": t})
+    x, t, where, rule = _lifted((x, t, where, rule), axis_name)
+    return cast(Array, _dense(axes, axis_name, x, t, where, rule)).squeeze(axes)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index"))
-def _integer_jit(logits, labels, axis, where, rule, ignore_index):
+@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "axis_name"))
+def _integer_jit(logits, labels, axis, where, rule, ignore_index, axis_name):
     of = "softmax_cross_entropy_with_integer_labels"
     x = numerics.as_float(logits, of, "logits")
     labels = numerics.as_labels(labels, of)
@@ -172,79 +182,124 @@ def _integer_jit(logits, labels, axis, where, rule, ignore_index):
         x, axes = x.transpose(order).reshape(*rows, -1), (len(rows),)
     (along,) = axes
     labels = jnp.expand_dims(jnp.broadcast_to(labels, rows), along)
+    sharding.check(of, axis_name, cut={"logits": x}, whole={"labels": labels})
     rule = as_scalars(rule, numerics.widen(x).dtype, of)
-    arrays = sharding.lift((x, labels, where, rule))
-    return cast(Array, _integer(along, ignore_index, *arrays)).squeeze(along)
+    arrays = _lifted((x, labels, where, rule), axis_name)
+    return cast(Array, _integer(along, ignore_index, axis_name, *arrays)).squeeze(along)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(axis: tuple[int, ...], x: Array, t: Array, where: Array | None, rule: Rule) -> Array:
-    return _dense_forward(axis, x, t, where, rule)[0]
+def _lifted(arrays, axis_name):
+    """All that is of classes lifted to the shards too, but not the rule, the last."""
+    lifted = sharding.lift(arrays, axis_name)
+    return *lifted[:-1], sharding.lift_rows(arrays[-1], lifted, axis_name)
 
 
-def _dense_forward(axis, x, t, where, rule):
-    part = row_rule.measure(rule, x, t, where, axis)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dense(
+    axis: tuple[int, ...],
+    axis_name: sharding.AxisName,
+    x: Array,
+    t: Array,
+    where: Array | None,
+    rule: Rule,
+) -> Array:
+    return _dense_forward(axis, axis_name, x, t, where, rule)[0]
+
+
+def _dense_forward(axis, axis_name, x, t, where, rule):
+    part = row_rule.measure(sharding.lift(rule, axis_name), x, t, where, axis)
+    (part,) = row_rule.merge_shards(rule, part, axis_name)
     return row_rule.loss(rule, part), part
 
 
-def _dense_fwd(axis, x, t, where, rule):
-    loss, part = _dense_forward(axis, x, t, where, rule)
+def _dense_fwd(axis, axis_name, x, t, where, rule):
+    loss, part = _dense_forward(axis, axis_name, x, t, where, rule)
     return loss, (x, t, where, rule, _kept(rule, part))
 
 
-def _dense_bwd(axis, residuals, loss_bar):
+def _dense_bwd(axis, axis_name, residuals, loss_bar):
     x, t, where, rule, part = residuals
     z_bar = row_rule.gradient(rule, x, t, where, part, loss_bar)
     return (
         row_rule.to_logits(rule, x, where, z_bar),
         row_rule.to_targets(rule, x, t, where, part, loss_bar),
         None,
-        _rule_bar(rule, x, where, part, loss_bar, z_bar),
+        _rule_bar(axis_name, rule, x, where, part, loss_bar, z_bar),
     )
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _integer(
-    axis: int, ignore_index: int | None, x: Array, labels: Array, where: Array | None, rule: Rule
+    axis: int,
+    ignore_index: int | None,
+    axis_name: sharding.AxisName,
+    x: Array,
+    labels: Array,
+    where: Array | None,
+    rule: Rule,
 ) -> Array:
-    return _integer_forward(axis, ignore_index, x, labels, where, rule)[0]
+    return _integer_forward(axis, ignore_index, axis_name, x, labels, where, rule)[0]
 
 
-def _integer_forward(axis, ignore_index, x, labels, where, rule):
-    part = row_rule.measure(rule, x, None, where, (axis,))
-    known = (labels >= 0) & (labels < x.shape[axis])
-    index = jnp.where(known, labels, 0).astype(jnp.int32)
-    pick = functools.partial(jnp.take_along_axis, indices=index, axis=axis)
+def _integer_forward(axis, ignore_index, axis_name, x, labels, where, rule):
+    part = row_rule.measure(sharding.lift(rule, axis_name), x, None, where, (axis,))
+    known, index = _places(x, labels, axis, axis_name)
+    here = None
+    if axis_name is None and not sharding.is_cut(x, axis):
+        pick = functools.partial(jnp.take_along_axis, indices=index, axis=axis)
+    else:
+        hit = _hit(x, index, axis)
+        here = hit.any(axis, keepdims=True)
+        pick = lambda z: jnp.where(hit, z, 0).sum(axis, keepdims=True, dtype=z.dtype)
     valid = None if where is None else pick(jnp.broadcast_to(where, x.shape))
     gap = -row_rule.below(rule, pick(x), part.top, valid)
+    some = None
     if where is not None:
-        some = jnp.broadcast_to(where, x.shape).any(axis, keepdims=True)
+        some = jnp.broadcast_to(where, x.shape).any(axis, keepdims=True).astype(gap.dtype)
+    if axis_name is not None:
+        part = part._replace(gap=jnp.where(here, gap, 0), mass=here.astype(gap.dtype))
+        part, some = row_rule.merge_shards(rule, part, axis_name, some)
+        gap, part = part.gap, part._replace(mass=None)
+    if some is not None:
+        some = some > 0
         gap, part = jnp.where(some, gap, 0), part._replace(mass=some.astype(gap.dtype))
     part = part._replace(gap=jnp.where(known, gap, jnp.nan))
     return _unless_ignored(row_rule.loss(rule, part), labels, ignore_index), part
 
 
-def _integer_fwd(axis, ignore_index, x, labels, where, rule):
-    loss, part = _integer_forward(axis, ignore_index, x, labels, where, rule)
+def _places(x, labels, axis, axis_name):
+    """Which labels are classes, and their places in ``x``, outside of it for another shard's."""
+    first, classes = sharding.extent(axis_name, x.shape[axis])
+    known = (labels >= 0) & (labels < classes)
+    return known, jnp.where(known, labels, 0).astype(jnp.int32) - first
+
+
+def _hit(x, index, axis):
+    classes = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    classes = jnp.expand_dims(classes, [a for a in range(x.ndim) if a != axis])
+    if sharding.is_cut(x, axis):
+        classes += jnp.zeros_like(x, jnp.int32)  # which are cut as x is
+    return classes == index
+
+
+def _integer_fwd(axis, ignore_index, axis_name, x, labels, where, rule):
+    loss, part = _integer_forward(axis, ignore_index, axis_name, x, labels, where, rule)
     return loss, (x, labels, where, rule, _kept(rule, part))
 
 
-def _integer_bwd(axis, ignore_index, residuals, loss_bar):
+def _integer_bwd(axis, ignore_index, axis_name, residuals, loss_bar):
     x, labels, where, rule, part = residuals
     x, part = jax.tree.map(  # they may hold NaN there
         lambda z: _unless_ignored(z, labels, ignore_index), (x, part)
     )
-    known = (labels >= 0) & (labels < x.shape[axis])
+    known, index = _places(x, labels, axis, axis_name)
     loss_bar = _unless_ignored(jnp.where(known, loss_bar, jnp.nan), labels, ignore_index)
-    index = jnp.where(known, labels, 0).astype(jnp.int32)
-    classes = jnp.arange(x.shape[axis], dtype=jnp.int32)
-    hit = jnp.expand_dims(classes, [a for a in range(x.ndim) if a != axis]) == index
-    z_bar = row_rule.gradient(rule, x, hit, where, part, loss_bar)
+    z_bar = row_rule.gradient(rule, x, _hit(x, index, axis), where, part, loss_bar)
     z_bar = _unless_ignored(z_bar, labels, ignore_index)
-    rule_bar = _rule_bar(rule, x, where, part, loss_bar, z_bar)
+    rule_bar = _rule_bar(axis_name, rule, x, where, part, loss_bar, z_bar)
     return row_rule.to_logits(rule, x, where, z_bar), None, None, rule_bar
 
 
@@ -259,8 +314,8 @@ def _kept(rule: Rule, part: Part) -> Part:  # the gap of the targets is needed f
     return part if rule.label_smoothing is not None else part._replace(gap=None)
 
 
-def _rule_bar(rule, x, where, part, loss_bar, z_bar) -> Rule:
-    classes = row_rule.to_rule(rule, x, where, part, z_bar)
+def _rule_bar(axis_name, rule, x, where, part, loss_bar, z_bar) -> Rule:
+    classes = sharding.psum(row_rule.to_rule(rule, x, where, part, z_bar), axis_name)
     rows = row_rule.rows_to_rule(rule, part, loss_bar)
     total = (
         None if a is None and b is None else (a if b is None else b if a is None else a + b)
