@@ -25,6 +25,14 @@ def release():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def unoptimised():
+    """Programs as XLA has them before its optimiser: for what holds whatever that does."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def rng():
     """The same key in every run."""

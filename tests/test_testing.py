@@ -13,6 +13,8 @@ from jax.custom_batching import custom_vmap
 
 from jaxgrad.testing import check_rule, errors_in_ulps
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 X = jnp.array([[1.0, -2.0, 0.5], [0.25, 3.0, -1.5], [2.0, 0.75, -0.5]])
 A = jnp.array([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0], [-2.0, 1.5, 1.0]])
 WHERE = np.array([[True, True, False], [True, True, True], [False, True, True]])

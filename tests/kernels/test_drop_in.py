@@ -9,6 +9,8 @@ from numpy.testing import assert_allclose
 
 import jaxgrad
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SHAPE = (2, 3, 4)
 ROWS = ("softmax", "log_softmax", "logsumexp")
 # Every axis, and a mask with every other one of them.

@@ -1,12 +1,13 @@
 """The fused head against the plain composition, written here once more in the plainest form."""
 
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.scipy.special import xlogy
 
 from jaxgrad import (
@@ -17,6 +18,8 @@ from jaxgrad import (
     softmax_cross_entropy_with_integer_labels,
 )
 from jaxgrad.kernels.loss_options import make_rule
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 T, D, V, K = 7, 5, 23, 3
 
@@ -65,38 +68,38 @@ def test_every_pair_of_options_is_covered():
     assert len(CASES) < 40
 
 
-def problem(case, rng, dtype=jnp.float64):
+def problem(case, rng, dtype=jnp.float64, t=T, v=V):
     """Differentiable arguments, and the rest, of one case."""
     k = jax.random.split(rng, 8)
     args = {
-        "x": jax.random.normal(k[0], (T, D), dtype),
-        "w": jax.random.normal(k[1], (D, V) if case["vocab_axis"] else (V, D), dtype),
+        "x": jax.random.normal(k[0], (t, D), dtype),
+        "w": jax.random.normal(k[1], (D, v) if case["vocab_axis"] else (v, D), dtype),
     }
     rest = {n: case[n] for n in ("reduction", "chunk_size", "vocab_axis")}
-    index = jax.random.randint(k[2], (T,), 0, V)
-    indices = jax.random.randint(k[3], (T, K), 0, V)
+    index = jax.random.randint(k[2], (t,), 0, v)
+    indices = jax.random.randint(k[3], (t, K), 0, v)
     where = None
     if case["where"] is not None:
-        shape = (V,) if case["where"] == "classes" else (T, V)
+        shape = (v,) if case["where"] == "classes" else (t, v)
         where = jax.random.bernoulli(k[4], 0.7, shape)
-        where = jnp.where(jnp.arange(V) == 4, True, where)
-        index = jnp.where(jnp.broadcast_to(where, (T, V))[jnp.arange(T), index], index, 4)
+        where = jnp.where(jnp.arange(v) == v // 2, True, where)
+        index = jnp.where(jnp.broadcast_to(where, (t, v))[jnp.arange(t), index], index, v // 2)
         rest["where"] = where
     if case["ignore"] and case["labels"] != "dense":
         rest["ignore_index"] = 3 if case["z_loss"] else -100
-        index = index.at[2].set(rest["ignore_index"])
-        indices = indices.at[2].set(rest["ignore_index"]).at[5, 1].set(rest["ignore_index"])
+        index = index.at[2 % t].set(rest["ignore_index"])
+        indices = indices.at[2 % t].set(rest["ignore_index"]).at[5 % t, 1].set(rest["ignore_index"])
     if case["labels"] == "dense":
-        args["labels"] = jax.nn.softmax(jax.random.normal(k[5], (T, V), dtype)) * 0.9
+        args["labels"] = jax.nn.softmax(jax.random.normal(k[5], (t, v), dtype)) * 0.9
     elif case["labels"] == "sparse":
-        args["probs"] = jax.random.uniform(k[5], (T, K), dtype)
+        args["probs"] = jax.random.uniform(k[5], (t, K), dtype)
         rest["indices"] = indices
     else:
         rest["labels"] = index
     if case["bias"]:
-        args["bias"] = jax.random.normal(k[6], (V,), dtype)
+        args["bias"] = jax.random.normal(k[6], (v,), dtype)
     if case["weights"]:
-        args["weights"] = jax.random.uniform(k[7], (T,), dtype)
+        args["weights"] = jax.random.uniform(k[7], (t,), dtype)
     for name in ("label_smoothing", "z_loss", "temperature", "logit_soft_cap"):
         if case[name] != FACTORS[name][0]:
             args[name] = jnp.asarray(case[name], dtype)
@@ -122,14 +125,14 @@ def plain(args, rest):
     if "labels" in a:
         q = a["labels"]
     elif "probs" in a:
-        kept = r["indices"] != ignore if ignore is not None else jnp.ones((T, K), bool)
+        kept = r["indices"] != ignore if ignore is not None else jnp.ones((len(z), K), bool)
         q = (
-            jax.nn.one_hot(r["indices"], V, dtype=z.dtype)
+            jax.nn.one_hot(r["indices"], z.shape[1], dtype=z.dtype)
             * jnp.where(kept, a["probs"], 0.0)[..., None]
         ).sum(1)
         counted = kept.any(1)
     else:
-        q = jax.nn.one_hot(r["labels"], V, dtype=z.dtype)
+        q = jax.nn.one_hot(r["labels"], z.shape[1], dtype=z.dtype)
         counted = r["labels"] != ignore if ignore is not None else counted
     q = jnp.where(valid, q, 0.0)
     s = q.sum(-1, keepdims=True)
@@ -140,11 +143,11 @@ def plain(args, rest):
     loss = -(q * log_p).sum(-1) + a.get("z_loss", 0.0) * lse[:, 0] ** 2
     p = jnp.where(valid, jnp.exp(log_p), 0.0)
     rows = [jnp.where(counted, n, 0.0) for n in (loss, lse[:, 0], -xlogy(p, p).sum(-1))]
-    weights = jnp.where(counted, a.get("weights", jnp.ones(T)), 0.0)
+    weights = jnp.where(counted, a.get("weights", jnp.ones(len(z))), 0.0)
     loss = {
         None: lambda: rows[0] * a.get("weights", 1.0),
         "sum": lambda: (weights * rows[0]).sum(),
-        "mean": lambda: (weights * rows[0]).sum() / weights.sum(),
+        "mean": lambda: (weights * rows[0]).sum() / jnp.where(counted.any(), weights.sum(), 1.0),
     }[r["reduction"]]()
     return loss, rows[1], rows[2], jnp.where(valid, z, -jnp.inf).argmax(-1)
 
@@ -158,13 +161,28 @@ def close(ours, theirs, rtol=1e-12, atol=1e-12):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
 
 
+def check(args, rest):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        theirs = jax.jit(jax.value_and_grad(lambda a: scalar(plain(a, rest)[0])))(args)
+    ours = jax.jit(jax.value_and_grad(lambda a: scalar(fused(a, rest))))(args)
+    close(ours, theirs)
+
+
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_value_and_every_gradient_are_those_of_the_logits(case, rng, x64):
-    args, rest = problem(case, rng)
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        theirs = jax.value_and_grad(lambda a: scalar(plain(a, rest)[0]))(args)
-    ours = jax.value_and_grad(lambda a: scalar(fused(a, rest)))(args)
-    close(ours, theirs)
+    check(*problem(case, rng))
+
+
+@settings(max_examples=4)
+@given(
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in FACTORS.items()}),
+    st.tuples(st.integers(1, 9), st.integers(1, 19)),
+    st.tuples(st.integers(1, 10), st.integers(1, 20)),
+)
+def test_so_they_are_for_any_sizes_and_options(case, sizes, chunk_size):
+    with jax.enable_x64(True):
+        case |= {"chunk_size": chunk_size}
+        check(*problem(case, jax.random.key(1), t=sizes[0], v=sizes[1]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
@@ -235,7 +253,7 @@ def test_aux_has_none_with_a_reduction(rng):
 
 @pytest.mark.parametrize(
     "labels, reduction",
-    (("integer", None), ("integer", "mean"), ("dense", "mean"), ("sparse", None)),
+    (("integer", "mean"), ("sparse", None)),
 )
 def test_second_order_both_ways(labels, reduction, rng, x64):
     args, rest = problem(everything(labels=labels, reduction=reduction), rng)
@@ -373,140 +391,6 @@ def test_a_winning_label_keeps_its_digits(rng):
         np.testing.assert_allclose(x_bar[0, 0], -20 * 8 * np.exp(-20.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(
-    "dtype, bar", ((jnp.float32, 1e-6), (jnp.bfloat16, 2e-3), (jnp.float16, 2e-3))
-)
-def test_accuracy_against_float64(dtype, bar, reduction, rng, x64):
-    t, d, v = 250, 64, 1537  # ragged in both: 3 · 64 + 58, 3 · 512 + 1
-    k = jax.random.split(rng, 3)
-    x = jax.random.normal(k[0], (t, d)).astype(dtype)
-    w = (4 * d**-0.5 * jax.random.normal(k[1], (d, v))).astype(dtype)
-    labels = jax.random.randint(k[2], (t,), 0, v)
-
-    def theirs(x, w):
-        z = x @ w
-        return (jax.nn.logsumexp(z, -1) - z[jnp.arange(t), labels]).mean()
-
-    @jax.jit
-    def ours(x, w, shift):
-        def f(x, w):
-            bias = jnp.full(v, shift, jnp.float32)
-            return linear_softmax_cross_entropy(
-                x, w, labels, bias, reduction=reduction, chunk_size=(64, 512)
-            ).mean()
-
-        return jax.value_and_grad(f, (0, 1))(x, w)
-
-    true, true_bars = jax.value_and_grad(theirs, (0, 1))(x.astype(float), w.astype(float))
-    for shift in (0.0, 20.0):
-        loss, bars = ours(x, w, shift)
-        assert loss.dtype == jnp.float32
-        assert abs(loss.astype(float) - true) <= 1e-6 * abs(true)
-        for got, exact in zip(bars, true_bars, strict=True):
-            assert got.dtype == dtype
-            error = jnp.linalg.norm(got.astype(float) - exact) / jnp.linalg.norm(exact)
-            # A float32 logit near 20 is rounded by up to 1e-6, whoever adds the bias.
-            assert error <= bar + (2e-6 if shift else 0)
-
-
-def test_float16_gradients_survive_a_mean_over_many_tokens(rng):
-    x, w, labels = small(rng, v=50)
-    weights = jnp.array([1.0, 1.0, 1.0, 1e6])
-
-    def f(w):
-        loss = linear_softmax_cross_entropy(
-            x.astype(w.dtype), w, labels, weights=weights, reduction="mean"
-        )
-        return loss * 2.0**15
-
-    with jax.numpy_dtype_promotion("standard"):
-        got = jax.grad(f)(w.astype(jnp.float16)).astype(jnp.float32)
-        true = jax.grad(lambda w: f(w) / 2.0**15)(w)
-    np.testing.assert_allclose(got / 2.0**15, true, rtol=0, atol=2e-3 * jnp.abs(true).max())
-
-
-def compiled(t, d, v, dtype, reduction, vocab_axis=-1, argnums=(0, 1), **more):
-    x = jax.ShapeDtypeStruct((t, d), dtype)
-    w = jax.ShapeDtypeStruct((d, v) if vocab_axis else (v, d), dtype)
-    labels = jax.ShapeDtypeStruct((t,), jnp.int32)
-
-    def f(x, w, labels):
-        return linear_softmax_cross_entropy(
-            x, w, labels, reduction=reduction, vocab_axis=vocab_axis, **more
-        ).sum()
-
-    f = jax.grad(f, argnums) if argnums else f
-    return jax.jit(f).lower(x, w, labels).compile()
-
-
-@pytest.mark.parametrize("vocab_axis", (-1, 0))
-@pytest.mark.parametrize("reduction", (None, "mean"))
-def test_neither_the_logits_nor_a_wide_or_transposed_w_exist(reduction, vocab_axis):
-    t, d, v = 192, 24, 1000
-    text = compiled(t, d, v, jnp.bfloat16, reduction, vocab_axis, chunk_size=(64, 96)).as_text()
-    shape, turned = (f"{d},{v}", f"{v},{d}") if vocab_axis else (f"{v},{d}", f"{d},{v}")
-    entry = text[text.index("ENTRY") :]
-    assert f"bf16[{shape}]" in entry
-    assert f"[{t},{v}]" not in text and f"[{t * v}]" not in text
-    assert f"[{turned}]" not in text
-    # A fusion may name the widened w and compute a slice of it; an instruction of its own may not.
-    wide = re.findall(rf"= f32\[{shape}\]\S* (?:convert|fusion)\((%[\w.]+)\)", entry)
-    assert not [name for name in wide if re.search(rf"{name} = bf16", text)], wide
-
-
-def test_memory_is_that_of_tiles():
-    def temp(t, v, reduction):
-        memory = compiled(t, 32, v, jnp.float32, reduction, chunk_size=(64, 128))
-        return memory.memory_analysis().temp_size_in_bytes
-
-    base, more_tokens, more_classes = (
-        temp(t, v, None) for t, v in ((512, 2048), (2048, 2048), (512, 8192))
-    )
-    assert base <= 2**20
-    assert more_classes - base <= 2**16
-    assert more_tokens - base <= 4 * 1536 * (32 + 16)  # x̄ and numbers a row, not 128 classes
-    kept = 64 * 4 * 2048
-    assert temp(512, 2048, "mean") <= kept + 2**20
-    assert temp(2048, 2048, "mean") - temp(512, 2048, "mean") <= 4 * 1536 * (32 + 16)
-    assert temp(512, 8192, "mean") - temp(512, 2048, "mean") <= 3.1 * kept
-
-
-def test_second_order_memory_is_that_of_tiles():
-    t, d, v = 512, 16, 2048
-    x, w = jax.ShapeDtypeStruct((t, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
-    labels = jnp.zeros(t, int)
-    for reduction in (None, "mean"):
-
-        def slope(w, x, r=reduction):
-            return jax.grad(
-                lambda w: linear_softmax_cross_entropy(
-                    x, w, labels, reduction=r, chunk_size=(32, 128)
-                ).sum()
-            )(w)
-
-        for second in (
-            jax.grad(lambda w, x, slope=slope: (slope(w, x) ** 2).sum()),
-            lambda w, x, slope=slope: jax.jvp(slope, (w, x), (w, x))[1],
-        ):
-            memory = jax.jit(second).lower(w, x).compile().memory_analysis()
-            assert memory.temp_size_in_bytes < 4 * t * v / 2
-
-
-@pytest.mark.parametrize("reduction", (None, "mean"))
-def test_products_are_made_only_for_those_who_ask(reduction):
-    def products(argnums):
-        text = compiled(
-            64, 16, 256, jnp.float32, reduction, argnums=argnums, chunk_size=(32, 128)
-        ).as_text()
-        return len(re.findall(r" dot\(", text))
-
-    logits = 1 if reduction else 2
-    assert products(()) == 1
-    assert products((0,)) == products((1,)) == logits + 1
-    assert products((0, 1)) == logits + 2
-
-
 @pytest.mark.parametrize("reduction", (None, "mean"))
 def test_transformations(reduction, rng, standard_promotion):
     x, w, labels = small(rng, t=6, v=9)
@@ -533,6 +417,10 @@ def test_transformations(reduction, rng, standard_promotion):
     close(jax.export.deserialize(exported.serialize()).call(x, w, labels), plain, 1e-6, 1e-6)
     with jax.debug_nans(True), jax.checking_leaks():
         close(grad(x, w, labels), plain, 1e-6, 1e-6)
+    given = jnp.copy(w)
+    step = jax.jit(lambda w, x, labels: w - grad(x, w, labels)[1][1], donate_argnums=0)
+    close(step(given, x, labels), w - plain[1][1], 1e-6, 1e-6)
+    assert given.is_deleted()
 
 
 def test_leading_dimensions_are_tokens(rng):

@@ -10,6 +10,8 @@ from cases import distribution, logits, weights
 from jaxgrad.kernels import row_rule
 from jaxgrad.kernels.row_rule import Rule
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 RNG = np.random.default_rng(0)
 X, T = logits(RNG, (3, 6)), distribution(RNG, (3, 6))
 WHERE = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]], bool)

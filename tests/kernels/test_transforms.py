@@ -12,6 +12,8 @@ from jax import lax
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 # The fewest kernels that run every rule: for what holds of a rule whatever its options are.
 RULES = (
