@@ -18,13 +18,17 @@ makes z_s = c tanh u_s before the bias, u_s = scale ⟨q, k_s⟩ / c; behind it,
 
     ∂z/∂(c u) = sech² u         ∂z/∂c = tanh u - u sech² u                             (4)
 
-The T × S matrix is never held. A tile of p is made from q, k and two numbers per query, the maximum
-and the excess of the sum of its row; it is used and dropped, in the forward and once more in the
-backward. Residuals: query, key, value, output, and these two numbers.
+The T × S matrix is never held. In the forward, o is merged from the parts that tiles of keys give:
+with S_i the sum of exponentials of part i, and o_i its output,
+
+    o = Σ_i w_i o_i        w_i = S_i exp(m_i - m) / S        S = Σ_i S_i exp(m_i - m)      (5)
+
+In the backward, a tile of p is made again from q, k and two numbers per query: the maximum m of its
+row, and the excess S - 1. Residuals: query, key, value, output, and these two numbers.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +36,8 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics
+from jaxgrad import numerics, sharding
 from jaxgrad.kernels import attention_arguments as arguments
-from jaxgrad.kernels import attention_tiles as tiles
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
 from jaxgrad.kernels.tanh import cap_slope, sech2
 
@@ -147,11 +150,20 @@ def _jit(
     sizes = arguments.sizes(q, k)
     terms = arguments.terms(sizes, q, bias, scale, cap)
     masks = arguments.masks(sizes, mask, query_seq_lengths, key_value_seq_lengths, segment_ids)
-    out: Any = _attention(band, *arguments.by_head(sizes, q, k, v), terms, masks)
+    given = (*arguments.by_head(sizes, q, k, v), terms, masks)
+    out: Any = _attention(band, *sharding.lift(given))
     o, lse = out
     shape = jnp.shape(query)[:-1]
     o = arguments.by_token(o).reshape(*shape, v.shape[-1])
     return (o, arguments.by_token(lse).reshape(shape)) if return_residual else o
+
+
+class Part(NamedTuple):
+    """Attention to some of the keys: the output, and the maximum and excess of each row."""
+
+    o: Array
+    m: Array
+    excess: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,7 +171,7 @@ def _attention(
     band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
     o, m, excess = _forward(band, q, k, v, terms, masks)
-    return o, numerics.log_sum_exp(m, excess)
+    return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
 
 
 def _forward(band, q, k, v, terms, masks):
@@ -168,81 +180,100 @@ def _forward(band, q, k, v, terms, masks):
     def heads(_, of_heads):
         at, q, k, v = of_heads
 
-        def block(_, starts, sizes):
-            @jax.checkpoint
-            def tile(q, k, v, terms):
-                z, _ = _logits(band, q, k, terms, masks, starts, sizes)
-                m = numerics.row_max(z, -1)
+        def block(_, rows):
+            q_ = rows.queries(q)
+
+            def tile(part, at):
+                v_ = at.keys(v)
+                z, _ = _logits(band, q_, at.keys(k), terms, masks, at)
+                m = lax.stop_gradient(numerics.row_max(z, -1))  # any shift gives the same p
                 e = jnp.exp(numerics.below_max(z, m))
                 excess = e.sum(-1, keepdims=True) - 1
-                o = _dot(numerics.narrow(e, like=v), v) * numerics.inverse_sum(excess)  # (1)
-                return o, m, excess
+                o = _dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
+                return merge(part, Part(o, m, excess))
 
-            rows, keys = tiles.slices(starts, sizes)
-            return None, tile(rows(q), keys(k), keys(v), terms)
+            _, nothing = sharding.lift((q, _nothing(q_, v)))
+            return None, plan.over_keys(tile, nothing, rows)
 
-        return None, plan.over_blocks(block, None, at)[1]
+        return None, plan.over_queries(block, None, at)[1]
 
-    _, (o, m, excess) = plan.over_heads(heads, None, q, k, v)
-    return numerics.narrow(o, like=q), m, excess
+    return plan.over_heads(heads, None, q, k, v)[1]
+
+
+def merge(a: Part, b: Part) -> Part:
+    """Attention to the keys of both parts."""
+    m, excess = numerics.merge(a.m, a.excess, b.m, b.excess)
+    over_sum = numerics.inverse_sum(excess)
+
+    def share(part):  # (5)
+        return (1 + part.excess) * jnp.exp(numerics.below_max(part.m, m)) * over_sum
+
+    return Part(share(a) * a.o + share(b) * b.o, m, excess)
+
+
+def _nothing(q, v):
+    """Attention to no key."""
+    row = jnp.zeros((*q.shape[:-1], 1), numerics.widen(q).dtype)
+    return Part(jnp.zeros((*q.shape[:-1], v.shape[-1]), row.dtype), row - jnp.inf, row - 1)
 
 
 def _fwd(band, q, k, v, terms, masks):
-    o, m, excess = (checkpoint_name(x, arguments.OF) for x in _forward(band, q, k, v, terms, masks))
+    o, m, excess = _forward(band, q, k, v, terms, masks)
+    o, m, excess = (checkpoint_name(x, arguments.OF) for x in (numerics.narrow(o, like=q), m, excess))
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 
 def _bwd(band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
-    plan = Plan(q, k, band)
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
+    out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
+    return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
+
+
+def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
+    plan = Plan(q, k, band)
+
+    def zeros(tree):
+        return sharding.lift((q, jax.tree.map(lambda x: jnp.zeros(x.shape, m.dtype), tree)))[1]
 
     def heads(terms_bar, of_heads):
         at, q, k, v, o_bar, mean, m, excess = of_heads
 
-        def block(carry, starts, sizes):
-            @jax.checkpoint
-            def tile(q, k, v, o_bar, mean, m, excess, terms):
-                z, u = _logits(band, q, k, terms, masks, starts, sizes)
-                p = jnp.exp(numerics.below_max(z, m)) * numerics.inverse_sum(excess)
-                v_bar = _dot_rows(numerics.narrow(p, like=v), o_bar)  # (3)
-                z_bar = p * (_dot_heads(o_bar, v) - mean)  # (2)
-                bar = _to_terms(terms, z_bar, u, sizes)
+        def block(carry, rows):
+            q_, o_bar_, mean_, m_, excess_ = map(rows.queries, (q, o_bar, mean, m, excess))
+            over_sum = numerics.inverse_sum(excess_)
+
+            def tile(carry, at):
+                q_bar, k_bar, v_bar, terms_bar = carry
+                k_, v_ = at.keys(k), at.keys(v)
+                z, u = _logits(band, q_, k_, terms, masks, at)
+                p = jnp.exp(numerics.below_max(z, m_)) * over_sum
+                v_bar = at.add_keys(v_bar, _dot_rows(numerics.narrow(p, like=v), o_bar_))  # (3)
+                z_bar = p * (_dot_heads(o_bar_, v_) - mean_)  # (2)
+                terms_bar = _with_tile(terms_bar, z_bar, u, at)
                 z_bar = numerics.narrow(z_bar if u is None else z_bar * sech2(u), like=q)  # (4)
-                return _dot(z_bar, k), _dot_rows(z_bar, q), v_bar, bar  # (3)
+                k_bar = at.add_keys(k_bar, _dot_rows(z_bar, q_))  # (3)
+                return q_bar + _dot(z_bar, k_), k_bar, v_bar, terms_bar
 
-            rows, keys = tiles.slices(starts, sizes)
-            k_bar, v_bar, terms_bar = carry
-            q_bar, k_add, v_add, terms_add = tile(
-                rows(q), keys(k), keys(v), rows(o_bar), rows(mean), rows(m), rows(excess), terms
-            )
-            at_keys = (0, 0, 0, starts[4], 0)
-            k_bar, v_bar = tiles.add(k_bar, k_add, at_keys), tiles.add(v_bar, v_add, at_keys)
-            return (k_bar, v_bar, _added(terms_bar, terms_add, starts)), q_bar
+            q_bar, *carry = plan.over_keys(tile, (zeros(q_), *carry), rows)
+            return tuple(carry), q_bar
 
-        zeros = (jnp.zeros(k.shape, m.dtype), jnp.zeros(v.shape, m.dtype), terms_bar)
-        (k_bar, v_bar, terms_bar), q_bar = plan.over_blocks(block, zeros, at)
+        carry = (*zeros((k, v)), terms_bar)
+        (k_bar, v_bar, terms_bar), q_bar = plan.over_queries(block, carry, at)
         return terms_bar, (q_bar, k_bar, v_bar)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, m.dtype), terms)
     terms_bar, (q_bar, k_bar, v_bar) = plan.over_heads(
-        heads, zeros, q, k, v, o_bar, mean, m, excess
+        heads, zeros(terms), q, k, v, o_bar, mean, m, excess
     )
     terms_bar = terms_bar._replace(scale=(q_bar * numerics.widen(q)).sum())
-    return (
-        numerics.narrow(terms.scale * q_bar, like=q),
-        numerics.narrow(terms.scale * k_bar, like=k),
-        numerics.narrow(v_bar, like=v),
-        jax.tree.map(numerics.narrow, terms_bar, terms),
-        None,
-    )
+    return terms.scale * q_bar, terms.scale * k_bar, v_bar, terms_bar
 
 
 _attention.defvjp(_fwd, _bwd)
 
 
-def _logits(band, q, k, terms, masks, starts, sizes):
+def _logits(band, q, k, terms, masks, tile):
     """z of (1), -inf where hidden, and u of (4)."""
     # A 16-bit q is scaled afterwards: the product would be rounded.
     z = _dot_heads(q * terms.scale, k) if numerics.is_wide(q) else _dot_heads(q, k) * terms.scale
@@ -254,25 +285,18 @@ def _logits(band, q, k, terms, masks, starts, sizes):
         u = z / terms.cap
         z = terms.cap * jnp.tanh(u)
     if terms.bias is not None:
-        z += tiles.cut(terms.bias, starts, sizes).astype(z.dtype)
-    return numerics.masked(z, tiles.visible(band, masks, starts, sizes)), u
+        z += tile.cut(terms.bias).astype(z.dtype)
+    return numerics.masked(z, tile.visible(band, masks)), u
 
 
-def _to_terms(terms, z_bar, u, sizes):
-    """What a tile adds to the cotangents of bias and soft-cap."""
-    bias = cap = None
-    if terms.bias is not None:
-        bias = numerics.sum_to(z_bar, tuple(map(min, terms.bias.shape, sizes)))
+def _with_tile(bars, z_bar, u, tile):
+    """The cotangents of bias and soft-cap, with what a tile adds to them."""
+    if bars.bias is not None:
+        shape = tuple(map(min, bars.bias.shape, tile.sizes))
+        bars = bars._replace(bias=tile.add(bars.bias, numerics.sum_to(z_bar, shape)))
     if u is not None:
-        cap = (z_bar * cap_slope(u)).sum()  # (4)
-    return Terms(bias, None, cap)
-
-
-def _added(bar, add, starts):
-    return bar._replace(
-        bias=None if add.bias is None else tiles.add(bar.bias, add.bias, starts),
-        cap=None if add.cap is None else bar.cap + add.cap,
-    )
+        bars = bars._replace(cap=bars.cap + (z_bar * cap_slope(u)).sum())  # (4)
+    return bars
 
 
 def _dot_heads(a, b):  # Σ over the head size: rows by keys
@@ -284,7 +308,8 @@ def _dot(a, b):  # Σ over the keys
 
 
 def _dot_rows(a, b):  # Σ over the queries, those of all heads of a group
-    return _product(a, b, (2, 3), (2, 3))[:, :, None]
+    # As bᵀ a, transposed: XLA's CPU would transpose a, the larger, to compute aᵀ b.
+    return _product(b, a, (2, 3), (2, 3)).mT[:, :, None]
 
 
 def _product(a, b, over_a, over_b):

@@ -18,9 +18,8 @@ from jaxgrad.kernels.attention import dot_product_attention
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Blocks of 8 queries, so that short sequences have many tiles, ragged and rolled ones."""
-    monkeypatch.setattr(attention_tiles, "ROWS", 8)
-    monkeypatch.setattr(attention_tiles, "STEP", 300)
-    monkeypatch.setattr(attention_tiles, "MOST_SPANS", 2)
+    monkeypatch.setattr(attention_tiles, "SIDE", 16)
+    monkeypatch.setattr(attention_tiles, "NARROWEST", 4)
     attention._jit.clear_cache()
     yield
     attention._jit.clear_cache()
