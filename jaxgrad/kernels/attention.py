@@ -18,17 +18,14 @@ makes z_s = c tanh u_s before the bias, u_s = scale ⟨q, k_s⟩ / c; behind it,
 
     ∂z/∂(c u) = sech² u         ∂z/∂c = tanh u - u sech² u                             (4)
 
-The T × S matrix is never held. In the forward, o is merged from the parts that tiles of keys give:
-with S_i the sum of exponentials of part i, and o_i its output,
-
-    o = Σ_i w_i o_i        w_i = S_i exp(m_i - m) / S        S = Σ_i S_i exp(m_i - m)      (5)
-
-In the backward, a tile of p is made again from q, k and two numbers per query: the maximum m of its
-row, and the excess S - 1. Residuals: query, key, value, output, and these two numbers.
+The T × S matrix is never held. In the forward, a row is merged from the parts that tiles of keys
+give. In the backward, a tile of p is made again from q, k and two numbers per query: the maximum m
+of its row, and the excess of its sum of exp(z - m) over 1. Residuals: query, key, value, output,
+and these two numbers.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +35,7 @@ from jax.typing import ArrayLike
 
 from jaxgrad import numerics, sharding
 from jaxgrad.kernels import attention_arguments as arguments
+from jaxgrad.kernels.attention_parts import Part, merge, nothing
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
 from jaxgrad.kernels.tanh import cap_slope, sech2
 
@@ -54,9 +52,10 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla"] | None = None,
+    return_residual: bool = False,
     logits_soft_cap: ArrayLike | None = None,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Attention that never holds the matrix of its logits, forward or backward.
 
@@ -73,8 +72,9 @@ def dot_product_attention(
       key: ``float[B, S, K, H]``, in the dtype of ``query``. N is a multiple of K; each group of
         N / K consecutive query heads shares one key head.
       value: ``float[B, S, K, D]``, in the dtype of ``query``; mostly D = H.
-      bias: ``float``, broadcastable to ``[B, N, T, S]``; added to the logits after the soft-cap, so
-        that -inf hides an entry. It has a gradient.
+      bias: ``float``, broadcastable to ``[B, N, T, S]``; added to the logits after the soft-cap, as
+        in Gemma 2 and FlashAttention, so that -inf hides an entry. (tokamax adds it before.) It has
+        a gradient.
       mask: ``bool``, broadcastable to ``[B, N, T, S]``: the entries that take part.
       scale: Factor of the logits, ``float[]``; :math:`1/\sqrt H` by default. It has a gradient.
       is_causal: Query t sees the keys s ≤ t alone, counted from the first of each.
@@ -82,10 +82,11 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
+      implementation: None or "xla", which are the same: this function, on any device.
+      return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
         keys of its own segment alone.
-      return_residual: Whether to return the log-sum-exp of the logits too.
 
     Returns:
       ``float[B, T, N, D]`` in the dtype of ``query``, without B if that has none. With
@@ -94,7 +95,8 @@ def dot_product_attention(
 
     Raises:
       TypeError: An argument is complex, or not of the kind or dtype above.
-      ValueError: An argument does not have the shape above, or ``logits_soft_cap`` is not above 0.
+      ValueError: An argument does not have the shape above, ``logits_soft_cap`` is not above 0, or
+        ``implementation`` is another: it is never replaced by what there is.
 
     Example:
       >>> q, k, v = jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)), jnp.arange(6.0).reshape(3, 1, 2)
@@ -113,6 +115,7 @@ def dot_product_attention(
     See also:
       :func:`softmax_vjp`, the backward rule of one row.
     """
+    arguments.check_implementation(implementation)
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(
@@ -158,14 +161,6 @@ def _jit(
     return (o, arguments.by_token(lse).reshape(shape)) if return_residual else o
 
 
-class Part(NamedTuple):
-    """Attention to some of the keys: the output, and the maximum and excess of each row."""
-
-    o: Array
-    m: Array
-    excess: Array
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
     band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
@@ -192,34 +187,18 @@ def _forward(band, q, k, v, terms, masks):
                 o = _dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
                 return merge(part, Part(o, m, excess))
 
-            _, nothing = sharding.lift((q, _nothing(q_, v)))
-            return None, plan.over_keys(tile, nothing, rows)
+            _, start = sharding.lift((q, nothing(q_, v)))
+            return None, plan.over_keys(tile, start, rows)
 
         return None, plan.over_queries(block, None, at)[1]
 
     return plan.over_heads(heads, None, q, k, v)[1]
 
 
-def merge(a: Part, b: Part) -> Part:
-    """Attention to the keys of both parts."""
-    m, excess = numerics.merge(a.m, a.excess, b.m, b.excess)
-    over_sum = numerics.inverse_sum(excess)
-
-    def share(part):  # (5)
-        return (1 + part.excess) * jnp.exp(numerics.below_max(part.m, m)) * over_sum
-
-    return Part(share(a) * a.o + share(b) * b.o, m, excess)
-
-
-def _nothing(q, v):
-    """Attention to no key."""
-    row = jnp.zeros((*q.shape[:-1], 1), numerics.widen(q).dtype)
-    return Part(jnp.zeros((*q.shape[:-1], v.shape[-1]), row.dtype), row - jnp.inf, row - 1)
-
-
 def _fwd(band, q, k, v, terms, masks):
     o, m, excess = _forward(band, q, k, v, terms, masks)
-    o, m, excess = (checkpoint_name(x, arguments.OF) for x in (numerics.narrow(o, like=q), m, excess))
+    kept = numerics.narrow(o, like=q), m, excess
+    o, m, excess = (checkpoint_name(x, arguments.OF) for x in kept)
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 
@@ -277,9 +256,9 @@ def _logits(band, q, k, terms, masks, tile):
     """z of (1), -inf where hidden, and u of (4)."""
     # A 16-bit q is scaled afterwards: the product would be rounded.
     z = _dot_heads(q * terms.scale, k) if numerics.is_wide(q) else _dot_heads(q, k) * terms.scale
-    # With nothing in between, product and z - m may be contracted into a multiply-add, whose z is
-    # not the one that m was taken from.
-    z = jnp.maximum(z, jnp.finfo(z.dtype).min)
+    # Else product and z - m may be contracted into a multiply-add, whose z is not the one that m
+    # was taken from.
+    z = lax.optimization_barrier(z)
     u = None
     if terms.cap is not None:
         u = z / terms.cap
