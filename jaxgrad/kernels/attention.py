@@ -256,9 +256,9 @@ def _logits(band, q, k, terms, masks, tile):
     """z of (1), -inf where hidden, and u of (4)."""
     # A 16-bit q is scaled afterwards: the product would be rounded.
     z = _dot_heads(q * terms.scale, k) if numerics.is_wide(q) else _dot_heads(q, k) * terms.scale
-    # Else product and z - m may be contracted into a multiply-add, whose z is not the one that m
-    # was taken from.
-    z = lax.optimization_barrier(z)
+    # With nothing in between, product and z - m may be contracted into a multiply-add, whose z is
+    # not the one that m was taken from.
+    z = jnp.maximum(z, jnp.finfo(z.dtype).min)
     u = None
     if terms.cap is not None:
         u = z / terms.cap

@@ -145,7 +145,7 @@ class Plan:
         """
 
         def block(carry: Any, first: Array, rows: int, new: Array | None) -> tuple[Any, Any]:
-            low = self._low(first)
+            low = first_key(first, self.width, self.keys, self.band)
             sizes = (self.batch_step, self.heads_step, self.group, rows, self.width)
             carry, out = body(carry, Tile((*at, 0, first, low), sizes, new, None))
             return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 3, 0), out)
@@ -166,12 +166,6 @@ class Plan:
 
         return tiling.fold_overlapping(step, carry, self.width, self.columns)[0]
 
-    def _low(self, first: Any) -> Any:
-        """The first key for the block of queries that begins at ``first``."""
-        if self.band.left is None or self.width == self.keys:
-            return 0
-        return jnp.clip(first - self.band.left, 0, self.keys - self.width)
-
 
 def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, int]:
     """How many queries make a block, how many keys it goes through, how many of them at a time."""
@@ -183,6 +177,13 @@ def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, 
     if band.left is not None and band.right is not None:
         width = min(max(rows + band.left + band.right, 0), keys)
     return rows, width, tiling.even(width, SIDE, 8)
+
+
+def first_key(first: Any, width: int, keys: int, band: Band) -> Any:
+    """Where the keys begin for the block of queries that begins at ``first``."""
+    if band.left is None or width == keys:
+        return 0
+    return jnp.clip(first - band.left, 0, keys - width)
 
 
 def _divisor(n: int, most: int) -> int:
