@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxgrad import __version__
-from jaxgrad.demo.options import InvalidInput, Options
+from jaxgrad.demo.options import Options
+from jaxgrad.terminal import InvalidInput
 
 SHORT_TRAIN_STEPS = 200
 
