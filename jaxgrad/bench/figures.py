@@ -26,8 +26,7 @@ def draw(results: dict[str, Any]) -> Any:
 
     rows = [row for row in results["rows"] if row["ratios"]]
     swept = [axis for axis in SIZES if any(e["axis"] == axis for e in results["memory"])]
-    lines = len(_bars_of(rows))
-    height = 2.0 + 0.19 * lines + (3.6 if swept else 0)
+    height = 2.0 + 0.19 * lines(rows) + (3.6 if swept else 0)
     figure = Figure(figsize=(10, height), layout="constrained")
     heights = [3.6, height] if swept else [height]
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
@@ -90,6 +89,11 @@ _TITLES = {
     "classes": "Loss and gradients of a head, 2048 tokens of 256 features",
     "length": "Attention and its gradients, 8 heads of 64 features",
 }
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> int:
+    """How many lines ``ratios`` draws."""
+    return len(_bars_of(rows))
 
 
 def _bars_of(rows) -> dict[str, int]:

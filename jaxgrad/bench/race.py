@@ -85,13 +85,13 @@ def run(
     calls: Mapping[str, Callable[[], Any]], seconds: float, least: int = 3, most: int = 25
 ) -> dict[str, np.ndarray]:
     """The time of a call in each round, for rounds that fill some seconds."""
-    first = {name: _time(call, 1) for name, call in calls.items()}  # warms up, too
-    repeats = max(1, math.ceil(SHORTEST / max(min(first.values()), 1e-7)))
-    repeats = min(repeats, 1000)
-    cost = repeats * sum(_time(call, repeats) for call in calls.values())
-    rounds = int(min(most, max(least, seconds / cost)))
-    times = [[_time(call, repeats) for call in calls.values()] for _ in range(rounds)]
-    return dict(zip(calls, np.array(times).T, strict=True))
+    quickest = min(time_of(call) for call in calls.values())
+    repeats = min(1000, math.ceil(SHORTEST / max(quickest, 1e-9)))
+    rounds = [[time_of(call, repeats) for call in calls.values()]]
+    wanted = min(most, max(least, seconds / (repeats * sum(rounds[0]))))
+    while len(rounds) < wanted:
+        rounds.append([time_of(call, repeats) for call in calls.values()])
+    return dict(zip(calls, np.array(rounds).T, strict=True))
 
 
 def ratio(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float, float]:
@@ -117,7 +117,8 @@ def noise(seconds: float = 2.0) -> tuple[float, float, float]:
     return ratio(times["again"], times["once"])
 
 
-def _time(call, repeats):
+def time_of(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

@@ -65,7 +65,7 @@ def show(results: Results) -> None:
     write = writer()
     sections: dict[str, list[tuple[str, ...]]] = {}
     for row in results["rows"]:
-        sections.setdefault(name_of(row), []).extend(_lines(row))
+        sections.setdefault(name_of(row), []).extend(cells_of(row))
     cells = [COLUMNS, *(line for lines in sections.values() for line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
@@ -143,7 +143,8 @@ def mebibytes(value: float | None) -> str:
     return "" if value is None else f"{value / 2**20:.1f}"
 
 
-def _lines(row) -> Iterator[tuple[str, ...]]:
+def cells_of(row: Results) -> Iterator[tuple[str, ...]]:
+    """The cells of a row, a line for each peer."""
     ours = row["contenders"][OURS]
     head = row["dtype"], shape_of(row), row["what"], seconds(ours["seconds"])
     first = True
@@ -163,8 +164,8 @@ def _lines(row) -> Iterator[tuple[str, ...]]:
             f"{low:.2f} {high:.2f}",
             mebibytes(ours["temp_bytes"]),
             mebibytes(entry["temp_bytes"]),
-            _ulps(ours["error_ulps"]),
-            _ulps(entry["error_ulps"]),
+            ulps(ours["error_ulps"]),
+            ulps(entry["error_ulps"]),
             ", ".join(bar["asks"] for bar in bars),
             ", ".join("yes" if bar["met"] else "NO" for bar in bars),
         )
@@ -180,7 +181,8 @@ def _peaks(results) -> Iterator[str]:
         yield f"  {name_of(row)} {row['dtype']} {shape_of(row)} {row['what']}: {told}"
 
 
-def _ulps(error):
+def ulps(error: float | None) -> str:
+    """With two digits; empty if it is not known."""
     return "" if error is None else f"{error:.2g}" if error < 1e4 else f"{error:.0e}"
 
 

@@ -23,6 +23,9 @@ DTYPES = ("float32", "bfloat16")
 SECONDS, QUICK_SECONDS = 2.0, 0.8
 """How long the contenders of one row run."""
 
+PATIENCE = 10.0
+"""Seconds of one call beyond which a peer is not raced: the largest head takes a third of it."""
+
 Stage = tuple[str, Callable[[], None]]
 
 
@@ -124,6 +127,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         try:
             entrant = race.prepare(case, function, args)
             error = error_in_ulps(case, args, entrant.call())
+            if (took := race.time_of(entrant.call)) > PATIENCE and name != OURS:
+                raise TimeoutError(f"a call takes {took:.0f} s")
         except Exception as raised:  # a peer that cannot run here drops out of this race
             if name == OURS:
                 raise
@@ -228,7 +233,7 @@ def _take_header(results, chosen):
 @contextlib.contextmanager
 def _without_compilation_cache():
     """So that a compilation is one."""
-    was = jax.config.jax_enable_compilation_cache
+    was = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
