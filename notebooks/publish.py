@@ -55,7 +55,8 @@ def readme(results: report.Results) -> str:
         [
             f"On {_machine(results)}, value and gradients (of the soft-capped loss the value "
             "alone), each at the largest shape measured. In brackets the quartiles of the rounds; "
-            "*temp* is memory beside arguments and results. All rows, and what is slower: "
+            f"one program against itself was {_noise(results)}. *Temp* is memory beside arguments "
+            "and results. All rows, with those that are slower: "
             "[benchmarks](notebooks/06_benchmarks.md).",
             "",
             *lines,
@@ -78,15 +79,17 @@ def page(results: report.Results) -> str:
 
 
 def _page(results) -> Iterator[str]:
+    quick = " --quick" * results["quick"]
     yield from ("# Benchmarks", "", f"Measured on {_machine(results)}, by", "")
-    yield from ("```sh", "python -m jaxgrad bench --json notebooks/06_benchmarks.json", "```", "")
+    yield from ("```sh", f"python -m jaxgrad bench{quick}", "```", "")
     yield "Of each row the contenders take turns in one process, compiled beforehand."
     yield from ("", *(f"- {line}" for line in report.legend(results)), "")
     bars = [bar for row in results["rows"] for bar in row["bars"]]
     met = sum(bar["met"] for bar in bars)
     yield f"{met} of {len(bars)} bars are met; the others say NO below."
     yield from ("", f"![Temporary memory over vocabulary and sequence length]({MEMORY})", "")
-    yield from (f"![Times beside those of other libraries]({TIMES})", "", "## Accuracy", "")
+    yield from (f"![Times beside those of other libraries, at the largest shapes]({TIMES})", "")
+    yield from ("## Accuracy", "")
     yield "The largest error of each contender over all rows below, in units in the last place."
     yield from ("", *_accuracy(results["rows"]))
     sections: dict[str, list[Any]] = {}
@@ -107,6 +110,13 @@ def _machine(results):
         f"{name} {versions[name]}" for name in ("jax", "optax", "torch") if name in versions
     )
     return f"{of['cores']} cores of {where} ({of['system']}), {libraries}"
+
+
+def _noise(results):
+    return " and ".join(
+        f"{median:.2f} ({low:.2f}–{high:.2f})"
+        for low, median, high in results["noise"]["same_vs_same"]
+    )
 
 
 def _headline(results, line: Headline) -> tuple[str, ...] | None:
@@ -145,28 +155,27 @@ def _accuracy(rows) -> Iterator[str]:
         for name, entry in row["contenders"].items():
             if (error := entry.get("error_ulps")) is not None:
                 errors[name] = max(errors.get(name, 0.0), error)
-    names = list(dict.fromkeys(name for errors in worst.values() for name in errors))
-    yield from _table(
-        ("kernel", "dtype", *names),
-        (
-            (*key, *(report.ulps(errors.get(name)) for name in names))
-            for key, errors in worst.items()
-        ),
+    lines = (
+        (*key, report.ulps(errors.pop(OURS, None)), _each(errors, report.ulps))
+        for key, errors in worst.items()
     )
+    yield from _table(("kernel", "dtype", OURS, "beside"), lines)
 
 
 def _peaks(rows) -> Iterator[str]:
-    of = {
-        key: {name: entry["peak_bytes"] for name, entry in row["contenders"].items()}
-        for row in rows
-        if "peak_bytes" in row["contenders"][OURS]
-        for key in [(report.name_of(row), row["dtype"], report.shape_of(row))]
-    }
-    names = list(dict.fromkeys(name for peaks in of.values() for name in peaks))
-    cells = (
-        (*key, *(report.mebibytes(peaks.get(name)) for name in names)) for key, peaks in of.items()
-    )
-    yield from _table(("kernel", "dtype", "shape", *names), cells)
+    lines = []
+    for row in rows:
+        entries = row["contenders"].items()
+        peaks = {name: entry["peak_bytes"] for name, entry in entries if entry.get("peak_bytes")}
+        if OURS in peaks:
+            ours = report.mebibytes(peaks.pop(OURS))
+            shape = report.shape_of(row)
+            lines.append((report.name_of(row), shape, ours, _each(peaks, report.mebibytes)))
+    yield from _table(("kernel", "shape", OURS, "beside"), lines)
+
+
+def _each(numbers, told):
+    return ", ".join(f"{name} {told(number)}" for name, number in numbers.items())
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -189,13 +198,17 @@ def main() -> None:
     PAGE.write_text(page(results), encoding="utf-8")
     text = README.read_text(encoding="utf-8")
     README.write_text(BLOCK.sub(lambda _: readme(results), text), encoding="utf-8")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, axis in zip(figure.subplots(1, 2), figures.SIZES, strict=True):
-        figures.memory(axes, results, axis)
+    figure = Figure(figsize=(10, figures.MEMORY), layout="constrained")
+    figures.memory(figure, results)
     figure.savefig(HERE / MEMORY, dpi=120)
-    shown = [row for row in results["rows"] if row["what"] == "gradient" and row["ratios"]]
-    figure = Figure(figsize=(10, 1.5 + 0.2 * figures.lines(shown)), layout="constrained")
-    figures.ratios(figure.subplots(), shown)
+    largest = {}
+    for row in results["rows"]:
+        if row["what"] == "gradient" and row["ratios"]:
+            key = report.name_of(row), row["dtype"]
+            largest[key] = max(row, largest.get(key, row), key=lambda row: math.prod(row["shape"]))
+    shown = list(largest.values())
+    figure = Figure(figsize=(10, figures.height(shown)), layout="constrained")
+    figures.ratios(figure, shown)
     figure.savefig(HERE / TIMES, dpi=120)
 
 

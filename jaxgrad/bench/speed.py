@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,11 @@ from jaxgrad.bench.subjects import CAPPED, HEAD, HEADS, OURS, Shape, subjects
 from jaxgrad.terminal import InvalidInput, progress
 
 DTYPES = ("float32", "bfloat16")
-SECONDS, QUICK_SECONDS = 2.0, 0.8
+SECONDS, QUICK_SECONDS = 1.0, 0.5
 """How long the contenders of one row run."""
 
 PATIENCE = 10.0
-"""Seconds of one call beyond which a peer is not raced: the largest head takes a third of it."""
+"""Seconds of a first call beyond which a peer is raced no more: it would outlast all others."""
 
 Stage = tuple[str, Callable[[], None]]
 
@@ -60,7 +60,8 @@ def bench(
     old = report.read(compare) if compare is not None else None
     for path in (json, plot):
         report.check_writable(path)
-    results: dict[str, Any] = {"rows": [], "memory": [], "peaks": {}}
+    results: dict[str, Any] = {"rows": [], "memory": [], "peaks": {}, "given_up": {}}
+    results["quick"] = quick
     results["noise"] = {"same_vs_same": [], "load_average": []}
     start, interrupted = time.perf_counter(), False
     todo = list(_stages(results, chosen, quick, whole=not (kernels or shapes)))
@@ -71,7 +72,7 @@ def bench(
                 stage()
         except KeyboardInterrupt:
             interrupted = True
-    del results["peaks"]
+    del results["peaks"], results["given_up"]
     results["seconds"] = round(time.perf_counter() - start)
     report.show(results)
     if old is not None:
@@ -104,30 +105,37 @@ def cases(
         own = (family.quick,) if quick else family.shapes
         if shapes:
             own = [shape for shape in shapes if len(shape) == len(family.quick)]
-        passes = subject.passes[-1:] if quick and not shapes else subject.passes
-        if quick and (family is HEADS or subject.variant == CAPPED):
-            passes = subject.passes  # their forward has a bar, too
         found += [
             Case(subject, dtype, tuple(shape), what)
             for dtype in dtypes or DTYPES
             for shape in own
-            for what in passes
+            for what in _passes(subject, shape, quick, bool(shapes))
         ]
     if not found:
         raise InvalidInput("nothing to race: these kernels take no shape of this rank")
     return found
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """One row, as JSON has it."""
+def _passes(subject, shape, quick, asked):
+    """A forward by itself is raced where it has a bar, at one more shape, and where asked for."""
+    has_bar = subject.family is HEADS or subject.variant == CAPPED
+    both = asked or has_bar or (shape == subject.family.quick and not quick)
+    return subject.passes if both else subject.passes[-1:]
+
+
+def measure(case: Case, seconds: float, given_up: Container[str] = ()) -> dict[str, Any]:
+    """One row, as JSON has it, without the peers that were given up."""
     args = race.arguments(case)
     contenders: dict[str, dict[str, Any]] = {}
     calls = {}
     for name, function in case.subject.contenders.items():
+        if name in given_up:
+            continue
         try:
             entrant = race.prepare(case, function, args)
+            start = time.perf_counter()
             error = error_in_ulps(case, args, entrant.call())
-            if (took := race.time_of(entrant.call)) > PATIENCE and name != OURS:
+            if (took := time.perf_counter() - start) > PATIENCE and name != OURS:
                 raise TimeoutError(f"a call takes {took:.0f} s")
         except Exception as raised:  # a peer that cannot run here drops out of this race
             if name == OURS:
@@ -179,9 +187,11 @@ def _take_peak(results, case, contender):
 
 
 def _take_row(results, case, seconds):
-    row = measure(case, seconds)
+    given_up = results["given_up"].setdefault((case.subject.name, case.dtype), set())
+    row = measure(case, seconds, given_up)
+    given_up |= {name for name, entry in row["contenders"].items() if "failed" in entry}
     for name, peak in results["peaks"].pop(case.name, {}).items():
-        row["contenders"][name]["peak_bytes"] = peak
+        row["contenders"].get(name, {})["peak_bytes"] = peak
     on_cpu = results["machine"]["platform"] == "cpu"
     row["bars"] = [verdict._asdict() for verdict in verdicts(row)] if on_cpu else []
     results["rows"].append(row)
