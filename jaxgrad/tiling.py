@@ -97,7 +97,7 @@ def fold_overlapping(
         return body(carry, start, size, new)
 
     def join(tiles):
-        flat = tiles.reshape(-1, *tiles.shape[2:])
+        flat = tiles.reshape(count * size, *tiles.shape[2:])
         return flat if len(flat) == total else jnp.concatenate([flat[:-size], flat[-rest:]])
 
     carry, tiles = lax.scan(_anew(step), carry, jnp.arange(count, dtype=jnp.int32))

@@ -23,7 +23,10 @@ def test_runs_and_draws(path, tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),  # the kernel imports the jaxgrad under test
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}})
+    # Time limits are for cells that hang: a busy machine may take a minute to start a kernel.
+    client = NotebookClient(
+        notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": tmp_path}}
+    )
     client.execute(env=environment)
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

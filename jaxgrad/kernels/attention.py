@@ -18,13 +18,14 @@ makes z_s = c tanh u_s before the bias, u_s = scale ⟨q, k_s⟩ / c; behind it,
 
     ∂z/∂(c u) = sech² u         ∂z/∂c = tanh u - u sech² u                             (4)
 
-The T × S matrix is never held. A tile of p is made from q, k and two numbers per query, the maximum
-and the excess of the sum of its row; it is used and dropped, in the forward and once more in the
-backward. Residuals: query, key, value, output, and these two numbers.
+The T × S matrix is never held. In the forward, a row is merged from the parts that tiles of keys
+give. In the backward, a tile of p is made again from q, k and two numbers per query: the maximum m
+of its row, and the excess of its sum of exp(z - m) over 1. Residuals: query, key, value, output,
+and these two numbers.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,9 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics
+from jaxgrad import numerics, sharding
 from jaxgrad.kernels import attention_arguments as arguments
-from jaxgrad.kernels import attention_tiles as tiles
+from jaxgrad.kernels.attention_parts import Part, merge, nothing
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
 from jaxgrad.kernels.tanh import cap_slope, sech2
 
@@ -51,9 +52,10 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla"] | None = None,
+    return_residual: bool = False,
     logits_soft_cap: ArrayLike | None = None,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
-    return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Attention that never holds the matrix of its logits, forward or backward.
 
@@ -70,8 +72,9 @@ def dot_product_attention(
       key: ``float[B, S, K, H]``, in the dtype of ``query``. N is a multiple of K; each group of
         N / K consecutive query heads shares one key head.
       value: ``float[B, S, K, D]``, in the dtype of ``query``; mostly D = H.
-      bias: ``float``, broadcastable to ``[B, N, T, S]``; added to the logits after the soft-cap, so
-        that -inf hides an entry. It has a gradient.
+      bias: ``float``, broadcastable to ``[B, N, T, S]``; added to the logits after the soft-cap, as
+        in Gemma 2 and FlashAttention, so that -inf hides an entry. (tokamax adds it before.) It has
+        a gradient.
       mask: ``bool``, broadcastable to ``[B, N, T, S]``: the entries that take part.
       scale: Factor of the logits, ``float[]``; :math:`1/\sqrt H` by default. It has a gradient.
       is_causal: Query t sees the keys s ≤ t alone, counted from the first of each.
@@ -79,10 +82,11 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
+      implementation: None or "xla", which are the same: this function, on any device.
+      return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
         keys of its own segment alone.
-      return_residual: Whether to return the log-sum-exp of the logits too.
 
     Returns:
       ``float[B, T, N, D]`` in the dtype of ``query``, without B if that has none. With
@@ -91,7 +95,8 @@ def dot_product_attention(
 
     Raises:
       TypeError: An argument is complex, or not of the kind or dtype above.
-      ValueError: An argument does not have the shape above, or ``logits_soft_cap`` is not above 0.
+      ValueError: An argument does not have the shape above, ``logits_soft_cap`` is not above 0, or
+        ``implementation`` is another: it is never replaced by what there is.
 
     Example:
       >>> q, k, v = jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)), jnp.arange(6.0).reshape(3, 1, 2)
@@ -110,6 +115,7 @@ def dot_product_attention(
     See also:
       :func:`softmax_vjp`, the backward rule of one row.
     """
+    arguments.check_implementation(implementation)
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(
@@ -147,7 +153,8 @@ def _jit(
     sizes = arguments.sizes(q, k)
     terms = arguments.terms(sizes, q, bias, scale, cap)
     masks = arguments.masks(sizes, mask, query_seq_lengths, key_value_seq_lengths, segment_ids)
-    out: Any = _attention(band, *arguments.by_head(sizes, q, k, v), terms, masks)
+    given = (*arguments.by_head(sizes, q, k, v), terms, masks)
+    out: Any = _attention(band, *sharding.lift(given))
     o, lse = out
     shape = jnp.shape(query)[:-1]
     o = arguments.by_token(o).reshape(*shape, v.shape[-1])
@@ -159,7 +166,7 @@ def _attention(
     band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
     o, m, excess = _forward(band, q, k, v, terms, masks)
-    return o, numerics.log_sum_exp(m, excess)
+    return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
 
 
 def _forward(band, q, k, v, terms, masks):
@@ -168,81 +175,84 @@ def _forward(band, q, k, v, terms, masks):
     def heads(_, of_heads):
         at, q, k, v = of_heads
 
-        def block(_, starts, sizes):
-            @jax.checkpoint
-            def tile(q, k, v, terms):
-                z, _ = _logits(band, q, k, terms, masks, starts, sizes)
-                m = numerics.row_max(z, -1)
+        def block(_, rows):
+            q_ = rows.queries(q)
+
+            def tile(part, at):
+                v_ = at.keys(v)
+                z, _ = _logits(band, q_, at.keys(k), terms, masks, at)
+                m = lax.stop_gradient(numerics.row_max(z, -1))  # any shift gives the same p
                 e = jnp.exp(numerics.below_max(z, m))
                 excess = e.sum(-1, keepdims=True) - 1
-                o = _dot(numerics.narrow(e, like=v), v) * numerics.inverse_sum(excess)  # (1)
-                return o, m, excess
+                o = _dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
+                return merge(part, Part(o, m, excess))
 
-            rows, keys = tiles.slices(starts, sizes)
-            return None, tile(rows(q), keys(k), keys(v), terms)
+            _, start = sharding.lift((q, nothing(q_, v)))
+            return None, plan.over_keys(tile, start, rows)
 
-        return None, plan.over_blocks(block, None, at)[1]
+        return None, plan.over_queries(block, None, at)[1]
 
-    _, (o, m, excess) = plan.over_heads(heads, None, q, k, v)
-    return numerics.narrow(o, like=q), m, excess
+    return plan.over_heads(heads, None, q, k, v)[1]
 
 
 def _fwd(band, q, k, v, terms, masks):
-    o, m, excess = (checkpoint_name(x, arguments.OF) for x in _forward(band, q, k, v, terms, masks))
+    o, m, excess = _forward(band, q, k, v, terms, masks)
+    kept = numerics.narrow(o, like=q), m, excess
+    o, m, excess = (checkpoint_name(x, arguments.OF) for x in kept)
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 
 def _bwd(band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
-    plan = Plan(q, k, band)
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
+    out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
+    return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
+
+
+def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
+    plan = Plan(q, k, band)
+
+    def zeros(tree):
+        return sharding.lift((q, jax.tree.map(lambda x: jnp.zeros(x.shape, m.dtype), tree)))[1]
 
     def heads(terms_bar, of_heads):
         at, q, k, v, o_bar, mean, m, excess = of_heads
 
-        def block(carry, starts, sizes):
-            @jax.checkpoint
-            def tile(q, k, v, o_bar, mean, m, excess, terms):
-                z, u = _logits(band, q, k, terms, masks, starts, sizes)
-                p = jnp.exp(numerics.below_max(z, m)) * numerics.inverse_sum(excess)
-                v_bar = _dot_rows(numerics.narrow(p, like=v), o_bar)  # (3)
-                z_bar = p * (_dot_heads(o_bar, v) - mean)  # (2)
-                bar = _to_terms(terms, z_bar, u, sizes)
+        def block(carry, rows):
+            q_, o_bar_, mean_, m_, excess_ = map(rows.queries, (q, o_bar, mean, m, excess))
+            over_sum = numerics.inverse_sum(excess_)
+
+            def tile(carry, at):
+                q_bar, k_bar, v_bar, terms_bar = carry
+                k_, v_ = at.keys(k), at.keys(v)
+                z, u = _logits(band, q_, k_, terms, masks, at)
+                p = jnp.exp(numerics.below_max(z, m_)) * over_sum
+                v_bar = at.add_keys(v_bar, _dot_rows(numerics.narrow(p, like=v), o_bar_))  # (3)
+                z_bar = p * (_dot_heads(o_bar_, v_) - mean_)  # (2)
+                terms_bar = _with_tile(terms_bar, z_bar, u, at)
                 z_bar = numerics.narrow(z_bar if u is None else z_bar * sech2(u), like=q)  # (4)
-                return _dot(z_bar, k), _dot_rows(z_bar, q), v_bar, bar  # (3)
+                k_bar = at.add_keys(k_bar, _dot_rows(z_bar, q_))  # (3)
+                return q_bar + _dot(z_bar, k_), k_bar, v_bar, terms_bar
 
-            rows, keys = tiles.slices(starts, sizes)
-            k_bar, v_bar, terms_bar = carry
-            q_bar, k_add, v_add, terms_add = tile(
-                rows(q), keys(k), keys(v), rows(o_bar), rows(mean), rows(m), rows(excess), terms
-            )
-            at_keys = (0, 0, 0, starts[4], 0)
-            k_bar, v_bar = tiles.add(k_bar, k_add, at_keys), tiles.add(v_bar, v_add, at_keys)
-            return (k_bar, v_bar, _added(terms_bar, terms_add, starts)), q_bar
+            q_bar, *carry = plan.over_keys(tile, (zeros(q_), *carry), rows)
+            return tuple(carry), q_bar
 
-        zeros = (jnp.zeros(k.shape, m.dtype), jnp.zeros(v.shape, m.dtype), terms_bar)
-        (k_bar, v_bar, terms_bar), q_bar = plan.over_blocks(block, zeros, at)
+        carry = (*zeros((k, v)), terms_bar)
+        (k_bar, v_bar, terms_bar), q_bar = plan.over_queries(block, carry, at)
         return terms_bar, (q_bar, k_bar, v_bar)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, m.dtype), terms)
     terms_bar, (q_bar, k_bar, v_bar) = plan.over_heads(
-        heads, zeros, q, k, v, o_bar, mean, m, excess
+        heads, zeros(terms), q, k, v, o_bar, mean, m, excess
     )
     terms_bar = terms_bar._replace(scale=(q_bar * numerics.widen(q)).sum())
-    return (
-        numerics.narrow(terms.scale * q_bar, like=q),
-        numerics.narrow(terms.scale * k_bar, like=k),
-        numerics.narrow(v_bar, like=v),
-        jax.tree.map(numerics.narrow, terms_bar, terms),
-        None,
-    )
+    return terms.scale * q_bar, terms.scale * k_bar, v_bar, terms_bar
 
 
 _attention.defvjp(_fwd, _bwd)
 
 
-def _logits(band, q, k, terms, masks, starts, sizes):
+def _logits(band, q, k, terms, masks, tile):
     """z of (1), -inf where hidden, and u of (4)."""
     # A 16-bit q is scaled afterwards: the product would be rounded.
     z = _dot_heads(q * terms.scale, k) if numerics.is_wide(q) else _dot_heads(q, k) * terms.scale
@@ -254,25 +264,18 @@ def _logits(band, q, k, terms, masks, starts, sizes):
         u = z / terms.cap
         z = terms.cap * jnp.tanh(u)
     if terms.bias is not None:
-        z += tiles.cut(terms.bias, starts, sizes).astype(z.dtype)
-    return numerics.masked(z, tiles.visible(band, masks, starts, sizes)), u
+        z += tile.cut(terms.bias).astype(z.dtype)
+    return numerics.masked(z, tile.visible(band, masks)), u
 
 
-def _to_terms(terms, z_bar, u, sizes):
-    """What a tile adds to the cotangents of bias and soft-cap."""
-    bias = cap = None
-    if terms.bias is not None:
-        bias = numerics.sum_to(z_bar, tuple(map(min, terms.bias.shape, sizes)))
+def _with_tile(bars, z_bar, u, tile):
+    """The cotangents of bias and soft-cap, with what a tile adds to them."""
+    if bars.bias is not None:
+        shape = tuple(map(min, bars.bias.shape, tile.sizes))
+        bars = bars._replace(bias=tile.add(bars.bias, numerics.sum_to(z_bar, shape)))
     if u is not None:
-        cap = (z_bar * cap_slope(u)).sum()  # (4)
-    return Terms(bias, None, cap)
-
-
-def _added(bar, add, starts):
-    return bar._replace(
-        bias=None if add.bias is None else tiles.add(bar.bias, add.bias, starts),
-        cap=None if add.cap is None else bar.cap + add.cap,
-    )
+        bars = bars._replace(cap=bars.cap + (z_bar * cap_slope(u)).sum())  # (4)
+    return bars
 
 
 def _dot_heads(a, b):  # Σ over the head size: rows by keys
@@ -284,7 +287,8 @@ def _dot(a, b):  # Σ over the keys
 
 
 def _dot_rows(a, b):  # Σ over the queries, those of all heads of a group
-    return _product(a, b, (2, 3), (2, 3))[:, :, None]
+    # As bᵀ a, transposed: XLA's CPU would transpose a, the larger, to compute aᵀ b.
+    return _product(b, a, (2, 3), (2, 3)).mT[:, :, None]
 
 
 def _product(a, b, over_a, over_b):

@@ -1,32 +1,26 @@
 """The tiles of the T × S logits that attention visits, and what is visible inside one.
 
-A tile is a block of queries against a range of keys. It is never a part of a row: every query in it
-has all keys that it may see, so each row of a tile is a whole soft-max. Query t sees the keys of a
-*band*, t - left ≤ s ≤ t + right. A block sees the union of its queries' bands, and nothing else is
-computed. Masks exist inside a tile only, made from the indices of its rows and columns.
+A tile is a block of queries against a block of keys. Query t sees the keys of a *band*,
+t - left ≤ s ≤ t + right. A block of queries goes through the keys from the first that its first
+query sees to the last that its last one sees, tile by tile; a tile outside of the band is skipped.
+Masks exist inside a tile only, made from the indices of its rows and columns.
 
 Arrays have the axes [batch, key heads, group, queries, keys], where the group is the query heads
 that share one key head. The head size takes the place of the last axis in query, key and value,
 and the keys that of the queries in key and value, whose group is 1.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 
 from jaxgrad import tiling
 
-ROWS = 256  # of a tile: enough for its products to run at full speed
-STEP = 2**18  # entries up to which small heads share a tile
-MOST_SPANS = 8  # each is compiled on its own
-
-Starts = tuple[Array | int, ...]
-Sizes = tuple[int, ...]
+SIDE = 512  # of a tile: its products run at full speed, and it stays in a cache
+NARROWEST = 128  # block of queries, where a window shows few keys to each
 
 
 class Band(NamedTuple):
@@ -54,88 +48,80 @@ class Terms(NamedTuple):
     cap: Array | None
 
 
-class Span(NamedTuple):
-    """Consecutive blocks of queries that see about equally many keys."""
+class Tile(NamedTuple):
+    """Where a tile lies, and which of its queries and keys no earlier tile had; None: all."""
 
-    first: int  # query
-    rows: int  # queries of a block
-    blocks: int
-    width: int  # keys that a block sees
+    starts: tuple[Array | int, ...]
+    sizes: tuple[int, ...]
+    new_queries: Array | None
+    new_keys: Array | None
 
+    def queries(self, x: Array) -> Array:
+        """The queries of the tile, from an array of its heads."""
+        return tiling.take(x, self.starts[3], self.sizes[3], 3)
 
-def spans(queries: int, keys: int, group: int, band: Band) -> Iterator[Span]:
-    """The blocks of queries, those that see equally many keys, to an eighth of all, joined."""
-    rows = tiling.even(queries, max(1, ROWS // group), 8)
-    level = max(1, -(-keys // MOST_SPANS))
-    span = None
-    for first in range(0, queries, rows):
-        block = Span(first, min(rows, queries - first), 1, 0)
-        block = block._replace(width=_width(block, keys, band))
-        if span is None:
-            span = block
-        elif (block.rows, -(-block.width // level)) == (span.rows, -(-span.width // level)):
-            span = span._replace(blocks=span.blocks + 1, width=max(span.width, block.width))
-        else:
-            yield span
-            span = block
-    yield Span(0, 0, 1, 0) if span is None else span
+    def keys(self, x: Array) -> Array:
+        """The keys of the tile, from an array of its heads."""
+        return tiling.take(x, self.starts[4], self.sizes[4], 3)
 
+    def add_keys(self, x: Array, tile: Array) -> Array:
+        """``x`` with ``tile`` added where :meth:`keys` takes it from."""
+        return tiling.add(x, tile, 0, 0, 0, self.starts[4], 0)
 
-def _width(block: Span, keys: int, band: Band) -> int:
-    low = 0 if band.left is None else max(block.first - band.left, 0)
-    high = keys if band.right is None else min(block.first + block.rows + band.right, keys)
-    return max(0, high - low)
+    def cut(self, x: Array) -> Array:
+        """What ``x`` holds for the tile; an axis of length 1 stands for any length."""
+        for axis, (length, start, size) in enumerate(
+            zip(x.shape, self.starts, self.sizes, strict=True)
+        ):
+            if size < length:
+                x = tiling.take(x, start, size, axis)
+        return x
 
+    def add(self, x: Array, tile: Array) -> Array:
+        """``x`` with ``tile`` added where :meth:`cut` takes it from."""
+        starts = (0 if n == 1 else start for n, start in zip(x.shape, self.starts, strict=True))
+        return tiling.add(x, tile, *starts)
 
-def visible(band: Band, masks: Masks, starts: Starts, sizes: Sizes) -> Array | None:
-    """Which entries of a tile take part; None: all."""
-    t = starts[3] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, sizes[3], 1), 3)
-    s = starts[4] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, sizes[4]), 4)
-    masks = Masks(*(None if x is None else cut(x, starts, sizes) for x in masks))
-    seen = masks.mask
-    for part in (
-        None if band.left is None else t - band.left <= s,
-        None if band.right is None else s <= t + band.right,
-        None if masks.query_length is None else t < masks.query_length,
-        None if masks.key_length is None else s < masks.key_length,
-        None if masks.query_segment is None else masks.query_segment == masks.key_segment,
-    ):
-        if part is not None:
-            seen = part if seen is None else seen & part
-    return seen
+    def meets(self, band: Band) -> Array | bool:
+        """Whether any query of the tile has any key of the tile in its band."""
+        first, low = self.starts[3:]
+        last, high = first + self.sizes[3] - 1, low + self.sizes[4] - 1
+        meets = True
+        if band.left is not None:
+            meets &= first - band.left <= high
+        if band.right is not None:
+            meets &= low <= last + band.right
+        return meets
 
-
-def cut(x: Array, starts: Starts, sizes: Sizes) -> Array:
-    """What ``x`` holds for a tile; an axis of length 1 stands for any length."""
-    for axis, (length, start, size) in enumerate(zip(x.shape, starts, sizes, strict=True)):
-        if size < length:
-            x = tiling.take(x, start, size, axis)
-    return x
-
-
-def slices(starts: Starts, sizes: Sizes) -> tuple[Callable, Callable]:
-    """Two functions that take, from an array of its heads, the queries and the keys of a tile."""
-    return (
-        lambda x: tiling.take(x, starts[3], sizes[3], 3),
-        lambda x: tiling.take(x, starts[4], sizes[4], 3),
-    )
-
-
-def add(x: Array, block: Array, starts: Starts) -> Array:
-    """``x`` with ``block`` added where :func:`cut` takes it from."""
-    within = (0 if n == 1 else start for n, start in zip(x.shape, starts, strict=True))
-    return tiling.add(x, block, *within)
+    def visible(self, band: Band, masks: Masks) -> Array | None:
+        """Which entries of the tile take part; None: all."""
+        t = self.starts[3] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, self.sizes[3], 1), 3)
+        s = self.starts[4] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, self.sizes[4]), 4)
+        masks = Masks(*(None if x is None else self.cut(x) for x in masks))
+        seen = masks.mask
+        for part in (
+            None if self.new_queries is None else self.new_queries[:, None],
+            None if self.new_keys is None else self.new_keys[None, :],
+            None if band.left is None else t - band.left <= s,
+            None if band.right is None else s <= t + band.right,
+            None if masks.query_length is None else t < masks.query_length,
+            None if masks.key_length is None else s < masks.key_length,
+            None if masks.query_segment is None else masks.query_segment == masks.key_segment,
+        ):
+            if part is not None:
+                part = part.reshape((1,) * (5 - part.ndim) + part.shape)
+                seen = part if seen is None else seen & part
+        return seen
 
 
 class Plan:
     """The order in which tiles are visited: a few heads at a time, and in them block by block."""
 
     def __init__(self, q: Array, k: Array, band: Band) -> None:
-        self.batch, self.heads, self.group, queries, _ = q.shape
+        self.batch, self.heads, self.group, self.queries, _ = q.shape
         self.keys, self.band = k.shape[3], band
-        self.spans = list(spans(queries, self.keys, self.group, band))
-        largest = max((self.group * s.rows * s.width for s in self.spans), default=0)
-        room = STEP // max(1, largest)
+        self.rows, self.width, self.columns = lengths(self.queries, self.keys, self.group, band)
+        room = SIDE**2 // max(1, self.group * self.rows * self.columns)
         self.heads_step = _divisor(self.heads, room)
         whole = self.heads_step == self.heads
         self.batch_step = _divisor(self.batch, room // max(1, self.heads)) if whole else 1
@@ -151,47 +137,53 @@ class Plan:
         carry, out = lax.scan(body, carry, (at, *arrays))
         return carry, jax.tree.map(lambda x: x.reshape(self.batch, self.heads, *x.shape[3:]), out)
 
-    def over_blocks(self, body: Callable, carry: Any, at: Starts) -> tuple[Any, Any]:
-        """Run ``body(carry, starts, sizes)`` over the tiles of the heads at ``at``.
+    def over_queries(self, body: Callable, carry: Any, at: tuple) -> tuple[Any, Any]:
+        """Run ``body(carry, block)`` over the blocks of queries of the heads at ``at``.
 
-        Returns the last carry, and the outputs joined along the axis of queries.
+        ``block`` is a tile that has all keys of the block. Returns the last carry, and the outputs
+        joined along the axis of queries.
         """
 
-        def step(span: Span, carry: Any, first: Array | int) -> tuple[Any, Any]:
-            low: Array | int = 0
-            if self.band.left is not None and span.width < self.keys:
-                low = jnp.clip(first - self.band.left, 0, self.keys - span.width)
-            sizes = (self.batch_step, self.heads_step, self.group, span.rows, span.width)
-            return body(carry, (*at, 0, first, low), sizes)
+        def block(carry: Any, first: Array, rows: int, new: Array | None) -> tuple[Any, Any]:
+            low = first_key(first, self.width, self.keys, self.band)
+            sizes = (self.batch_step, self.heads_step, self.group, rows, self.width)
+            carry, out = body(carry, Tile((*at, 0, first, low), sizes, new, None))
+            return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 3, 0), out)
 
-        outs, zero = [], jnp.int32(0)
-        for span in self.spans:
-            if span.blocks == 1:
-                carry, out = step(span, carry, span.first + zero)
-            else:
-                firsts = zero + span.first + span.rows * jnp.arange(span.blocks, dtype=jnp.int32)
-                carry, out = lax.scan(functools.partial(step, span), carry, firsts)
-                out = jax.tree.map(_joined, out)
-            outs.append(out)
-            zero = _zero_after(lax.stop_gradient(jax.tree.leaves(out)[0][..., -1:, -1:]))
-        return carry, jax.tree.map(lambda *xs: jnp.concatenate(xs, 3), *outs)
+        carry, out = tiling.fold_overlapping(block, carry, self.queries, self.rows)
+        return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3), out)
 
+    def over_keys(self, body: Callable, carry: Any, block: Tile) -> Any:
+        """The last of ``carry = body(carry, tile)`` over the tiles of a block of queries."""
 
-@custom_vmap
-def _zero_after(x: Array) -> Array:
-    """0, but not before ``x`` is known: else XLA would hold the tiles of all spans at once."""
-    return (x > jnp.inf).sum(dtype=jnp.int32)
+        def step(carry: Any, start: Array, columns: int, new: Array | None) -> tuple[Any, None]:
+            starts = (*block.starts[:4], block.starts[4] + start)
+            tile = Tile(starts, (*block.sizes[:4], columns), block.new_queries, new)
+            meets = tile.meets(self.band)
+            if meets is True:
+                return body(carry, tile), None
+            return lax.cond(meets, lambda c: body(c, tile), lambda c: c, carry), None
+
+        return tiling.fold_overlapping(step, carry, self.width, self.columns)[0]
 
 
-@_zero_after.def_vmap
-def _zero_after_batched(axis_size, in_batched, x):  # not batched: slices stay slices
-    return _zero_after(x), False
+def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, int]:
+    """How many queries make a block, how many keys it goes through, how many of them at a time."""
+    rows, width = SIDE // group, keys
+    if band.left is not None and band.right is not None:
+        window = max(band.left + band.right, 0)
+        rows = min(rows, max(window, NARROWEST))
+    rows = tiling.even(queries, max(1, rows), 8)
+    if band.left is not None and band.right is not None:
+        width = min(max(rows + band.left + band.right, 0), keys)
+    return rows, width, tiling.even(width, SIDE, 8)
 
 
-def _joined(x: Array) -> Array:
-    """Blocks stacked along a new first axis, put one after the other along the queries."""
-    x = jnp.moveaxis(x, 0, 3)
-    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+def first_key(first: Any, width: int, keys: int, band: Band) -> Any:
+    """Where the keys begin for the block of queries that begins at ``first``."""
+    if band.left is None or width == keys:
+        return 0
+    return jnp.clip(first - band.left, 0, keys - width)
 
 
 def _divisor(n: int, most: int) -> int:
