@@ -284,10 +284,8 @@ def test_what_plain_jit_sends(kind):
     def f(logits, labels, q):
         integer = jaxgrad.softmax_cross_entropy_with_integer_labels(logits, labels)
         log_p = jaxgrad.log_softmax(logits) * jaxgrad.softmax(logits)
-        loss = integer.sum() + log_p.sum()
-        if kind == AxisType.Auto:
-            loss += jaxgrad.dot_product_attention(q, q, q, is_causal=True).sum()
-        return loss
+        o = jaxgrad.dot_product_attention(q, q, q, is_causal=True)
+        return integer.sum() + log_p.sum() + o.sum()
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(f, (0, 2))).lower(logits, labels, heads).compile()
@@ -367,3 +365,51 @@ def test_wrong_uses_of_sharded():
         of(mesh, vocab_axis_name="model")(x, w, labels)
     with pytest.raises(ValueError, match=r"x must be .* for sequence_axes"):
         of(mesh, sequence_axes="data")(x, w, labels)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "segments"])
+def test_ring_attention(x64, rng, is_causal):
+    keys = jax.random.split(rng, 5)
+    shapes = ((2, 16, 4, 3), (2, 16, 2, 3), (2, 16, 2, 5))
+    q, k, v = (
+        jax.random.normal(s, shape, jnp.float64) for s, shape in zip(keys[:3], shapes, strict=True)
+    )
+    o_bar = jax.random.normal(keys[3], (2, 16, 4, 5), jnp.float64)
+    ids = jnp.tile(jnp.arange(16) // 6, (2, 1))
+    options = {"is_causal": is_causal, "return_residual": True}
+
+    def measured(attention):
+        def f(q, k, v, cap, scale):
+            o, lse = attention(q, k, v, cap, scale, None if is_causal else ids)
+            return (o * o_bar).sum() + jnp.sin(lse).sum(), (o, lse)
+
+        args = (q, k, v, jnp.float64(2.0), jnp.float64(0.4))
+        return jax.jit(jax.value_and_grad(f, range(5), has_aux=True))(*args)
+
+    def whole(q, k, v, cap, scale, ids):
+        call = functools.partial(jaxgrad.dot_product_attention, **options)
+        return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
+
+    def part(q, k, v, cap, scale, ids):
+        call = functools.partial(jaxgrad.ring_attention, axis_name="sequence", **options)
+        return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
+
+    mesh, tokens = mesh_of(data=2, sequence=4), P("data", "sequence")
+    in_specs = (tokens, tokens, tokens, P(), P(), tokens)
+    ring = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=(tokens, tokens))
+    close(measured(ring), measured(whole))
+
+
+def test_what_a_ring_sends():
+    """Keys and values, from one shard to the next: never the whole sequence."""
+    mesh, tokens = mesh_of(sequence=8), P(None, "sequence")
+    ring = functools.partial(jaxgrad.ring_attention, axis_name="sequence", is_causal=True)
+    ring = jax.shard_map(ring, mesh=mesh, in_specs=tokens, out_specs=tokens)
+    q = abstract(mesh, (1, 64, 2, 4), tokens)
+    found = collectives(jax.jit(ring).lower(q, q, q).compile())
+    assert {(op, in_loop) for op, _, in_loop in found} == {
+        ("collective-permute", False),
+        ("collective-permute", True),
+    }
+    assert {shape for _, shapes, _ in found for shape in shapes} == {"f32[1,2,1,8,4]"}
+    assert len(found) == 4
