@@ -6,10 +6,10 @@ m = max m_k over the shards, in ``numerics`` (4) taken for any number of parts,
     S = Σ_k (1 + excess_k) exp(m_k - m)                   excess = S - 1                (1)
 
 where a shard with m_k = m gives excess_k in place of 1 + excess_k, and 1 is given back for each of
-them but the first. That is one maximum and one sum over the axis.
+them but the first. That is one maximum and one sum over the axis. The maximum counts as a constant
+where a rule is differentiated again, so that S moves with every entry, the largest too.
 """
 
-import functools
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ def check(
     Args:
       of: The call, as errors name it.
       axis_name: The axis or axes, None for none.
-      cut: Arguments of which each shard holds classes of its own.
+      cut: Arguments of which each shard holds a part of its own.
       whole: Arguments that are the same on all shards.
     """
     if axis_name is None:
@@ -69,14 +69,14 @@ def check(
     for name, x in cut.items():
         if not all(axes <= _varying(z) for z in jax.tree.leaves(x)):
             raise ValueError(
-                f"{of}: {name} must be cut over axis_name={axis_name!r}, each shard with classes "
-                f"of its own, got {_types(x)}, the same on every shard"
+                f"{of}: {name} must be cut over axis_name={axis_name!r}, each shard with "
+                f"a part of its own, got {_types(x)}, the same on every shard"
             )
     for name, x in whole.items():
         if axes & _axes(x):
             raise ValueError(
-                f"{of}: {name} must be the same on every shard of axis_name={axis_name!r}, indices "
-                f"of all classes, not of a shard's, got {_types(x)}, which varies over it"
+                f"{of}: {name} must be the same on every shard of axis_name={axis_name!r}, where "
+                f"indices count the classes of all shards, got {_types(x)}, which varies over it"
             )
 
 
@@ -107,22 +107,8 @@ def once(tree: Tree, axis_name: AxisName) -> Tree:
 
 
 def pmax(x: Array, axis_name: AxisName) -> Array:
-    """The largest over the shards; the largest ones share its derivative, as in ``jnp.max``."""
-    return x if axis_name is None else _pmax(axis_name, x)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _pmax(axis_name, x):
-    return lax.pmax(x, axis_name)
-
-
-@_pmax.defjvp
-def _pmax_jvp(axis_name, primals, tangents):  # lax.pmax has no derivative
-    (x,), (x_dot,) = primals, tangents
-    top = _pmax(axis_name, x)
-    leads = (x == top).astype(x.dtype)
-    x_dot, count = lax.psum((leads * x_dot, leads), axis_name)
-    return top, x_dot / count
+    """The largest over the shards. It has no derivative: a row's maximum, which it is, cancels."""
+    return x if axis_name is None else lax.pmax(lax.stop_gradient(x), axis_name)
 
 
 def first(index: Array, found: Array, axis_name: AxisName) -> Array:

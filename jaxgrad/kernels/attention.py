@@ -214,7 +214,7 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
     plan = Plan(q, k, band)
 
     def zeros(tree):
-        return sharding.lift((q, jax.tree.map(lambda x: jnp.zeros(x.shape, m.dtype), tree)))[1]
+        return sharding.lift((q, jax.tree.map(lambda x: jnp.zeros_like(x, m.dtype), tree)))[1]
 
     def heads(terms_bar, of_heads):
         at, q, k, v, o_bar, mean, m, excess = of_heads

@@ -27,8 +27,8 @@ class Part(NamedTuple):
 
 def nothing(q: Array, v: Array) -> Part:
     """The attention of ``q`` to none of the keys, for values as in ``v``."""
-    row = jnp.zeros((*q.shape[:-1], 1), numerics.widen(q).dtype)
-    return Part(jnp.zeros((*q.shape[:-1], v.shape[-1]), row.dtype), row - jnp.inf, row - 1)
+    row = jnp.zeros_like(q[..., :1], numerics.widen(q).dtype)
+    return Part(jnp.broadcast_to(row, (*q.shape[:-1], v.shape[-1])), row - jnp.inf, row - 1)
 
 
 def merge(a: Part, b: Part) -> Part:

@@ -7,9 +7,9 @@ With m = max x, e = exp(x - m), S = Σ e = 1 + excess and p = e / S:
     x̄            = ȳ - p Σ_k ȳ_k                                       (3)
 
 For an entry w that wins its row, (1) is -log1p(excess), exact however far the others lie below.
-There p_w is nearly 1 and (3) cancels; with 1 - p_w = excess / S it does not:
+There p_w is nearly 1 and (3) cancels; with 1 - p_w = (excess + 1 - e_w) / S, e_w = 1, it does not:
 
-    x̄_w = ȳ_w excess / S - p_w Σ_{k≠w} ȳ_k                             (4)
+    x̄_w = ȳ_w (excess + 1 - e_w) / S - p_w Σ_{k≠w} ȳ_k                 (4)
 
 Residuals: x, and (m, excess) per row.
 """
@@ -112,7 +112,7 @@ def _bwd(axis, axis_name, residuals, y_bar):
     total, others = sharding.psum((total, others), axis_name)
     x, m, y_bar, total = numerics.apart(x, m, y_bar, total)
     e, y_bar_ = jnp.exp(numerics.below_max(x, m)), numerics.widen(y_bar)
-    winner = y_bar_ * (excess * inverse) - e * (inverse * others)  # (4)
+    winner = y_bar_ * ((excess + (1 - e)) * inverse) - e * (inverse * others)  # (4)
     x_bar = jnp.where(e > jnp.where(won, 0.5, 2), winner, y_bar_ - e * (inverse * total))  # (3)
     return numerics.narrow(jnp.where(excess == -1, 0, x_bar), like=x), None
 
