@@ -249,10 +249,10 @@ def along(plan: Plan, start: Any) -> tuple[Any, Any]:
 
 
 def add_rules(total: Rule | None, part: Rule) -> Rule | None:
-    """``total`` with those cotangents added that ``part`` has."""
+    """``total`` with those cotangents added that ``part`` has, by rows."""
     if total is None:
         return None
-    return Rule(*(a if b is None else a + b for a, b in zip(total, part, strict=True)))
+    return Rule(*(a if b is None else a + b.sum() for a, b in zip(total, part, strict=True)))
 
 
 def _own(tokens):
@@ -266,7 +266,7 @@ def _own(tokens):
 
 
 def _classes(plan, w, start, size):
-    return tiling.take(w, start, size, plan.vocab_axis)
+    return w if start is None else tiling.take(w, start, size, plan.vocab_axis)
 
 
 def _columns(where, start, size):
