@@ -19,7 +19,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 import jax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-Mode = Literal["reverse", "forward"]
+Mode = Literal["reverse", "forward", "gauss_newton"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -47,6 +47,11 @@ def _is_body(function):
     return next(iter(inspect.signature(function).parameters), None) == "mode"
 
 
+def gauss_newton(function: Callable[P, R]) -> Callable[P, R]:
+    """The same ``public`` function, whose backward rule takes its last Jacobian for constant."""
+    return functools.partial(cast(Any, function).__wrapped__, "gauss_newton")
+
+
 def _in_mode(body, mode):
     @functools.wraps(body)
     def function(*args, **kwargs):
@@ -69,7 +74,7 @@ def of(mode: Mode, reverse: Any, forward: Any, axis_name: Any = None) -> Any:
             f"jaxgrad.forward_mode: axis_name must be None, got {axis_name!r}; the default "
             "functions take it"
         )
-    return reverse if mode == "reverse" else forward
+    return forward if mode == "forward" else reverse
 
 
 def custom_jvp(fwd: Callable, jvp: Callable, static: int = 0) -> Callable:

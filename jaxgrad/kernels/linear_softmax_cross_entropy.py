@@ -206,7 +206,7 @@ def _jit(
         precision,
         axis_name,
     )
-    plan = plan._replace(entropy=return_aux, argmax=return_aux)
+    plan = plan._replace(entropy=return_aux, argmax=return_aux, gauss_newton=mode == "gauss_newton")
     schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:

@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     precision: Any
     entropy: bool = False
     argmax: bool = False
+    gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
 
 
@@ -208,6 +209,8 @@ def pull_back(
       x_at: Where the tokens stand in ``bars.x``.
       w_at: Where the classes stand in ``bars.w`` and ``bars.bias``.
     """
+    if plan.gauss_newton:
+        head, tokens = lax.stop_gradient((head, tokens))
     row, column = start
     where = _columns(tokens.where, column, x.shape[1])
     labels = _own(tokens)
