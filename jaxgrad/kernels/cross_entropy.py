@@ -3,6 +3,7 @@ r"""Cross-entropy of probabilities against labels, and its backward rule.
     l           = -Σ_i t_i log z_i             0 log 0 = 0             (1)
     ∂l / ∂z_j   = -t_j / z_j        (the sum collapses to its j-th term)  (2)
     ∂l / ∂t_j   = -log z_j                                             (3)
+    l̇           = Σ_j ż_j ∂l / ∂z_j + Σ_j ṫ_j ∂l / ∂t_j                (4)
 
 (2) is not computable where z_j = 0. If t_j = 0 there, the term is absent from (1), and value and
 gradient are 0; if t_j > 0, the value is +inf and the gradient -inf: the truth, not a clip. A
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.modes import Mode
 from jaxgrad.numerics import Axis
 
 
+@modes.public
 def cross_entropy(
-    probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    mode: Mode, probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> Array:
     r"""Cross-entropy of probabilities against a distribution of labels, per example.
 
@@ -51,16 +54,17 @@ def cross_entropy(
       >>> cross_entropy(jnp.array([0.5, 0.5, 0.0]), jnp.array([1.0, 0.0, 0.0])).round(4)
       Array(0.6931, dtype=float32)
     """
-    return _cross_entropy_jit(probs, labels, numerics.as_static(axis), where)
+    return _cross_entropy_jit(mode, probs, labels, numerics.as_static(axis), where)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _cross_entropy_jit(probs, labels, axis, where):
+@functools.partial(jax.jit, static_argnames=("mode", "axis"))
+def _cross_entropy_jit(mode, probs, labels, axis, where):
     z = numerics.as_float(probs, of="cross_entropy", name="probs")
     t = numerics.as_float(labels, of="cross_entropy", name="labels")
     z, t, axes = numerics.broadcast_labels(z, t, axis, of="cross_entropy", name="probs")
     where = numerics.as_row_mask(where, z, axes, of="cross_entropy", name="probs")
-    return _cross_entropy(axes, *sharding.lift((z, t, where)))
+    cross_entropy = modes.of(mode, _cross_entropy, _cross_entropy_twin)
+    return cross_entropy(axes, *sharding.lift((z, t, where)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,3 +99,17 @@ def _bwd(axis, residuals, l_bar):
 
 
 _cross_entropy.defvjp(_fwd, _bwd)
+
+
+def _jvp(axis, residuals, z_dot, t_dot, _):  # (4)
+    z, t, where = residuals
+    z_, t_, divisor = _operands(z, t, where)
+
+    def total(tangent, slope):
+        return (numerics.widen(numerics.masked(tangent, where, 0)) * slope).sum(axis)
+
+    l_dot = 0 if z_dot is None else total(z_dot, numerics.safe_multiply(t_, -1 / divisor))
+    return l_dot if t_dot is None else l_dot + total(t_dot, -jnp.log(z_))
+
+
+_cross_entropy_twin = modes.custom_jvp(_fwd, _jvp, static=1)

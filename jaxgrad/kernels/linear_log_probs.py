@@ -13,12 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
-from jaxgrad.kernels import linear_arguments, linear_schedules
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tangents
 from jaxgrad.kernels.loss_options import make_rule
+from jaxgrad.modes import Mode
 
 
+@modes.public
 def linear_log_probs(
+    mode: Mode,
     x: ArrayLike,
     w: ArrayLike,
     labels: ArrayLike,
@@ -96,6 +99,7 @@ def linear_log_probs(
     """
     rule = make_rule("linear_log_probs", 0.0, 0.0, temperature, logit_soft_cap)
     return _jit(
+        mode,
         x,
         w,
         labels,
@@ -115,6 +119,7 @@ def linear_log_probs(
 @functools.partial(
     jax.jit,
     static_argnames=(
+        "mode",
         "ignore_index",
         "vocab_axis",
         "chunk_size",
@@ -125,6 +130,7 @@ def linear_log_probs(
     ),
 )
 def _jit(
+    mode,
     x,
     w,
     labels,
@@ -159,6 +165,7 @@ def _jit(
         axis_name,
     )
     plan = plan._replace(entropy=return_entropy)
-    rows: Any = linear_schedules.per_token(plan, head, tokens, rule)
+    schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
+    rows: Any = schedules.per_token(plan, head, tokens, rule)
     log_p = -rows.loss.reshape(lead)
     return (log_p, rows.entropy.reshape(lead)) if return_entropy else log_p

@@ -120,7 +120,10 @@ def total(plan: Plan, head: Head, tokens: Tokens, rule: Rule, scale: Array) -> t
 
 def _total_fwd(plan, head, tokens, rule, scale):
     (head, tokens, rule), wanted = _asked(head, tokens, rule)
-    scale = scale.value
+    return _gradients(plan, wanted, head, tokens, rule, scale.value)
+
+
+def _gradients(plan, wanted, head, tokens, rule, scale):
     clean = _without_ignored(plan, tokens)
     zero = _zeros(plan, wanted, head, tokens, rule)
 

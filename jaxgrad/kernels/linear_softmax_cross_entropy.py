@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxgrad import sharding
-from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tile
+from jaxgrad import modes, sharding
+from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tangents, linear_tile
 from jaxgrad.kernels.linear_tile import SparseLabels
 from jaxgrad.kernels.loss_options import make_rule, mean_weights
+from jaxgrad.modes import Mode
 
 
 class Aux(NamedTuple):
@@ -34,7 +35,9 @@ class Aux(NamedTuple):
     argmax: Array  # the class predicted, int32[...]
 
 
+@modes.public
 def linear_softmax_cross_entropy(
+    mode: Mode,
     x: ArrayLike,
     w: ArrayLike,
     labels: ArrayLike | SparseLabels,
@@ -132,6 +135,7 @@ def linear_softmax_cross_entropy(
         raise ValueError(f'{of}: reduction must be None, "sum" or "mean", got {reduction!r}')
     rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
     return _jit(
+        mode,
         of,
         x,
         w,
@@ -154,6 +158,7 @@ def linear_softmax_cross_entropy(
 @functools.partial(
     jax.jit,
     static_argnames=(
+        "mode",
         "of",
         "ignore_index",
         "reduction",
@@ -166,6 +171,7 @@ def linear_softmax_cross_entropy(
     ),
 )
 def _jit(
+    mode,
     of,
     x,
     w,
@@ -200,10 +206,11 @@ def _jit(
         precision,
         axis_name,
     )
-    plan = plan._replace(entropy=return_aux, argmax=return_aux)
+    plan = plan._replace(entropy=return_aux, argmax=return_aux, gauss_newton=mode == "gauss_newton")
+    schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:
-        rows: Any = linear_schedules.per_token(plan, head, tokens, rule)
+        rows: Any = schedules.per_token(plan, head, tokens, rule)
         loss = rows.loss if weights is None else weights * rows.loss
         loss = loss.reshape(lead)
     else:
@@ -212,7 +219,7 @@ def _jit(
         scale = scale if ignored is None else jnp.where(ignored, 0, scale)
         scale = mean_weights(scale) if reduction == "mean" else scale
         scale = sharding.lift_rows(scale, (head, tokens, rule), axis_name)
-        results: Any = linear_schedules.total(plan, head, tokens, rule, scale)
+        results: Any = schedules.total(plan, head, tokens, rule, scale)
         loss, rows = results[0], linear_schedules.Rows(*map(lax.stop_gradient, results[1]))
     if not return_aux:
         return loss

@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     precision: Any
     entropy: bool = False
     argmax: bool = False
+    gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
 
 
@@ -208,6 +209,8 @@ def pull_back(
       x_at: Where the tokens stand in ``bars.x``.
       w_at: Where the classes stand in ``bars.w`` and ``bars.bias``.
     """
+    if plan.gauss_newton:
+        head, tokens = lax.stop_gradient((head, tokens))
     row, column = start
     where = _columns(tokens.where, column, x.shape[1])
     labels = _own(tokens)
@@ -249,10 +252,10 @@ def along(plan: Plan, start: Any) -> tuple[Any, Any]:
 
 
 def add_rules(total: Rule | None, part: Rule) -> Rule | None:
-    """``total`` with those cotangents added that ``part`` has."""
+    """``total`` with those cotangents added that ``part`` has, by rows."""
     if total is None:
         return None
-    return Rule(*(a if b is None else a + b for a, b in zip(total, part, strict=True)))
+    return Rule(*(a if b is None else a + b.sum() for a, b in zip(total, part, strict=True)))
 
 
 def _own(tokens):
@@ -266,7 +269,7 @@ def _own(tokens):
 
 
 def _classes(plan, w, start, size):
-    return tiling.take(w, start, size, plan.vocab_axis)
+    return w if start is None else tiling.take(w, start, size, plan.vocab_axis)
 
 
 def _columns(where, start, size):

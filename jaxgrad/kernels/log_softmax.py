@@ -11,6 +11,11 @@ There p_w is nearly 1 and (3) cancels; with 1 - p_w = (excess + 1 - e_w) / S, e_
 
     x̄_w = ȳ_w (excess + 1 - e_w) / S - p_w Σ_{k≠w} ȳ_k                 (4)
 
+A tangent loses ⟨p, ẋ⟩, of which the winner's is ẋ_w all but (1 - p_w) ẋ_w. So ẋ_w is taken off by
+itself, and the rest with weights r that are p but for r_w = p_w - 1:
+
+    ẏ_i          = (ẋ_i - ẋ_w) - Σ_k r_k ẋ_k        r_w = -excess / S  (5)
+
 Residuals: x, and (m, excess) per row.
 """
 
@@ -21,11 +26,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.modes import Mode
 from jaxgrad.numerics import Axis
 
 
+@modes.public
 def log_softmax(
+    mode: Mode,
     x: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -63,16 +71,17 @@ def log_softmax(
     See also:
       :func:`softmax_cross_entropy_with_integer_labels`, the loss that needs one entry of it.
     """
-    return _log_softmax_jit(x, numerics.as_static(axis), where, axis_name)
+    return _log_softmax_jit(mode, x, numerics.as_static(axis), where, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
-def _log_softmax_jit(x, axis, where, axis_name):
+@functools.partial(jax.jit, static_argnames=("mode", "axis", "axis_name"))
+def _log_softmax_jit(mode, x, axis, where, axis_name):
     x = numerics.as_float(x, of="log_softmax")
     where = numerics.as_mask(where, x, of="log_softmax")
     axes = numerics.as_axes(axis, x, of="log_softmax")
     sharding.check("log_softmax", axis_name, cut={"x": x})
-    return _log_softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
+    log_softmax = modes.of(mode, _log_softmax, _log_softmax_twin, axis_name)
+    return log_softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -88,6 +97,7 @@ def _forward(axis, axis_name, x, where):  # (1)
     excess = numerics.row_excess(lambda: numerics.below_max(*numerics.apart(x, m)), axis)
     m, excess = sharding.merge(m, excess, axis_name)
     y = numerics.below_max(x, m) - numerics.log_sum(excess)
+    y = numerics.masked(y, where)  # -inf as it is, but without the tangent of the sum
     return numerics.narrow(y, like=x), m, excess
 
 
@@ -118,3 +128,24 @@ def _bwd(axis, axis_name, residuals, y_bar):
 
 
 _log_softmax.defvjp(_fwd, _bwd)
+
+
+def _jvp(axis, _, residuals, x_dot, __):  # (5)
+    x, where, m, excess = residuals
+    x_dot = numerics.masked(x_dot, where, 0)
+
+    def total(weigh):
+        (x_, m_), (x_dot_,) = numerics.apart(x, m, wide=True), numerics.apart(x_dot)
+        e = jnp.exp(numerics.below_max(numerics.masked(x_, where), m_))
+        wins = e > jnp.where(numerics.won(excess), 0.5, 2)
+        return weigh(wins, e, numerics.widen(x_dot_)).sum(axis, keepdims=True)
+
+    rest = total(lambda wins, e, x_dot_: jnp.where(wins, -excess, e) * x_dot_)
+    # Last, so that the transpose takes it off ȳ first.
+    winner = total(lambda wins, e, x_dot_: jnp.where(wins, x_dot_, 0))
+    y_dot = (numerics.widen(x_dot) - winner) - rest * numerics.inverse_sum(excess)
+    y_dot = numerics.masked(jnp.where(excess == -1, 0, y_dot), where, 0)
+    return numerics.narrow(y_dot, like=x)
+
+
+_log_softmax_twin = modes.custom_jvp(_fwd, _jvp, static=2)

@@ -11,19 +11,24 @@ With factors b, m the maximum over b_i ≠ 0 and R = Σ b_i exp(a_i - m), which 
     ∂L/∂a_i = b_i exp(a_i - m) / R                                     (4)
     ∂L/∂b_i = exp(a_i - m) / R            also where b_i = 0           (5)
 
+Tangents are pushed forward by the same weights:
+
+    L̇       = Σ_i ȧ_i ∂L/∂a_i + Σ_i ḃ_i ∂L/∂b_i                        (6)
+
 The sign of R is constant almost everywhere: its cotangent is dropped. An empty row (no entry above
 -inf) has L = -inf and gradient 0. Residuals: a, b and two numbers per row, (m, excess) or (m, R).
 """
 
 import functools
-from typing import Literal, cast, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.modes import Mode
 from jaxgrad.numerics import Axis
 
 
@@ -53,7 +58,9 @@ def logsumexp(
 ) -> tuple[Array, Array]: ...
 
 
+@modes.public
 def logsumexp(
+    mode: Mode,
     a: ArrayLike,
     axis: Axis = None,
     b: ArrayLike | None = None,
@@ -95,11 +102,15 @@ def logsumexp(
     See also:
       :func:`log_softmax`, which subtracts it from every entry.
     """
-    return _logsumexp_jit(a, numerics.as_static(axis), b, keepdims, return_sign, where, axis_name)
+    return _logsumexp_jit(
+        mode, a, numerics.as_static(axis), b, keepdims, return_sign, where, axis_name
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "keepdims", "return_sign", "axis_name"))
-def _logsumexp_jit(a, axis, b, keepdims, return_sign, where, axis_name):
+@functools.partial(
+    jax.jit, static_argnames=("mode", "axis", "keepdims", "return_sign", "axis_name")
+)
+def _logsumexp_jit(mode, a, axis, b, keepdims, return_sign, where, axis_name):
     a = jnp.asarray(a)
     if any(jnp.iscomplexobj(z) for z in (a, b)):
         if axis_name is not None:
@@ -112,11 +123,12 @@ def _logsumexp_jit(a, axis, b, keepdims, return_sign, where, axis_name):
     where = numerics.as_mask(where, a, of="logsumexp", name="a")
     axes = numerics.as_axes(axis, a, of="logsumexp", name="a")
     if b is None:
-        lse = cast(Array, _logsumexp(axes, axis_name, *sharding.lift((a, where), axis_name)))
+        logsumexp = modes.of(mode, _logsumexp, _logsumexp_twin, axis_name)
+        lse = logsumexp(axes, axis_name, *sharding.lift((a, where), axis_name))
         sign = jnp.where(jnp.isnan(lse), lse, (lse > -jnp.inf).astype(lse.dtype))
     else:
-        arrays = sharding.lift((a, b, where), axis_name)
-        lse, sign = cast(tuple[Array, Array], _scaled(axes, axis_name, *arrays))
+        scaled = modes.of(mode, _scaled, _scaled_twin, axis_name)
+        lse, sign = scaled(axes, axis_name, *sharding.lift((a, b, where), axis_name))
         if not return_sign:
             lse = jnp.where(sign < 0, jnp.nan, lse)
     if not keepdims:
@@ -156,14 +168,27 @@ def _fwd(axis, axis_name, a, where):
     return lse, (a, where, m, excess)
 
 
-def _bwd(axis, axis_name, residuals, lse_bar):  # (2)
+def _share(residuals):  # (2)
     a, where, m, excess = residuals
     e = jnp.exp(numerics.below_max(numerics.masked(a, where), m))
-    p = e * numerics.inverse_sum(excess)
-    return numerics.narrow(numerics.widen(lse_bar) * p, like=a), None
+    return e * numerics.inverse_sum(excess)
+
+
+def _bwd(axis, axis_name, residuals, lse_bar):
+    a_bar = numerics.widen(lse_bar) * _share(residuals)
+    return numerics.narrow(a_bar, like=residuals[0]), None
 
 
 _logsumexp.defvjp(_fwd, _bwd)
+
+
+def _jvp(axis, _, residuals, a_dot, __):  # (6)
+    a_dot_ = numerics.widen(numerics.masked(a_dot, residuals[1], 0))
+    lse_dot = (a_dot_ * _share(residuals)).sum(axis, keepdims=True)
+    return numerics.narrow(lse_dot, like=a_dot)
+
+
+_logsumexp_twin = modes.custom_jvp(_fwd, _jvp, static=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -187,15 +212,34 @@ def _scaled_fwd(axis, axis_name, a, b, where):
     return out, (a, b, where, m, r)
 
 
+def _scaled_share(residuals):  # (5)
+    a, _, where, m, r = residuals
+    e = jnp.exp(numerics.below_max(numerics.masked(a, where), m))
+    return jnp.where(m == -jnp.inf, 0, e / jnp.where(m == -jnp.inf, 1, r))
+
+
 def _scaled_bwd(axis, axis_name, residuals, cotangents):
-    a, b, where, m, r = residuals
-    lse_bar = numerics.widen(cotangents[0])
-    share = jnp.exp(numerics.below_max(numerics.masked(a, where), m)) / jnp.where(
-        m == -jnp.inf, 1, r
-    )
-    b_bar = lse_bar * jnp.where(m == -jnp.inf, 0, share)  # (5)
+    a, b, *_ = residuals
+    b_bar = numerics.widen(cotangents[0]) * _scaled_share(residuals)
     a_bar = numerics.safe_multiply(numerics.widen(b), b_bar)  # (4)
     return numerics.narrow(a_bar, like=a), numerics.narrow(b_bar, like=b), None
 
 
 _scaled.defvjp(_scaled_fwd, _scaled_bwd)
+
+
+def _scaled_jvp(axis, _, residuals, a_dot, b_dot, __):  # (6)
+    a, b, where, *_ = residuals
+    share = _scaled_share(residuals)
+
+    def total(tangent, slope):
+        tangent = numerics.widen(numerics.masked(tangent, where, 0))
+        return (tangent * slope).sum(axis, keepdims=True)
+
+    lse_dot: Any = 0 if b_dot is None else total(b_dot, share)
+    if a_dot is not None:
+        lse_dot += total(a_dot, numerics.safe_multiply(numerics.widen(b), share))
+    return numerics.narrow(lse_dot, like=a), None
+
+
+_scaled_twin = modes.custom_jvp(_scaled_fwd, _scaled_jvp, static=2)

@@ -44,6 +44,11 @@ def as_scalars(rule: Rule, dtype: jnp.dtype, of: str) -> Rule:
     )
 
 
+def add_rules(a: Rule, b: Rule) -> Rule:
+    """The sum of two cotangents of a rule, each with None for what it lacks."""
+    return Rule(*(z if y is None else y if z is None else y + z for y, z in zip(a, b, strict=True)))
+
+
 def mean_weights(weights: Array) -> Array:
     """Each token's part in the weighted mean; 0 throughout where no weight is left."""
     return numerics.safe_divide(weights, weights.sum())

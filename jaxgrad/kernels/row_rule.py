@@ -26,6 +26,7 @@ own maximum, ``merge`` adds two, ``merge_shards`` those of all shards of a mesh 
 keeps its axis, and masked classes are -inf in d.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -248,16 +249,17 @@ def to_targets(
 
 
 def to_rule(rule: Rule, x: Array, where: Array | None, part: Part, z_bar: Array) -> Rule:
-    """What some classes of a row add to the cotangents of temperature and soft-cap."""
+    """What some classes of a row add to the cotangents of temperature and soft-cap, by rows."""
     x = numerics.masked(x, where, 0)
     bar = Rule()
+    total = functools.partial(numerics.sum_to, shape=part.top.shape)
     scale = 1 if rule.temperature is None else 1 / rule.temperature
     if rule.temperature is not None:
         gap = -below(rule, x, part.top, where)
-        bar = bar._replace(temperature=scale * numerics.safe_multiply(z_bar, gap).sum())
+        bar = bar._replace(temperature=scale * total(numerics.safe_multiply(z_bar, gap)))
     if rule.soft_cap is not None:
         slope = cap_slope(numerics.widen(x) / rule.soft_cap)
-        bar = bar._replace(soft_cap=scale * (z_bar * slope).sum())
+        bar = bar._replace(soft_cap=scale * total(z_bar * slope))
     return bar
 
 
@@ -268,13 +270,13 @@ def rows_to_rule(rule: Rule, part: Part, loss_bar: Array, lse_bar: Array | None 
     if rule.label_smoothing is not None:
         mass = 1 if part.mass is None else part.mass
         change = numerics.safe_multiply(l_bar, mass * _mean_gap(part) - part.gap)
-        bar = bar._replace(label_smoothing=change.sum())
+        bar = bar._replace(label_smoothing=change)
     if rule.z_loss is not None:
-        bar = bar._replace(z_loss=numerics.safe_multiply(l_bar, _finite_lse(rule, part) ** 2).sum())
+        bar = bar._replace(z_loss=numerics.safe_multiply(l_bar, _finite_lse(rule, part) ** 2))
     if rule.temperature is not None:
         z_max = transform(rule, _unless_empty(part, part.top))
         total = _sum_of_gradient(rule, part, l_bar, lse_bar)
-        slope = -numerics.safe_multiply(total, z_max).sum() / rule.temperature
+        slope = -numerics.safe_multiply(total, z_max) / rule.temperature
         bar = bar._replace(temperature=slope)
     return bar
 

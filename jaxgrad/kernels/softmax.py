@@ -15,6 +15,11 @@ d = ȳ - ⟨ȳ, y⟩ in place of ȳ; what the first subtraction rounded away, th
 A y rounded to 16 bits does not sum to 1, which (4) rests on; there x is kept with the maximum and
 the sum of its row, and y is computed again. Where a row is empty (all -inf, or masked), y = 0 and
 (4) gives x̄ = 0.
+
+A tangent goes the same way, since J = Jᵀ: by (4) in transposed order, which JAX transposes back to
+(4) for reverse mode. Twice it takes off what ẏ sums to, which is 0 as y sums to 1:
+
+    ẏ = t - y Σ t            t = u - y Σ u            u = y ⊙ ẋ        (5)
 """
 
 import functools
@@ -25,11 +30,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.modes import Mode
 from jaxgrad.numerics import Axis
 
 
+@modes.public
 def softmax(
+    mode: Mode,
     x: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -67,16 +75,17 @@ def softmax(
     See also:
       :func:`log_softmax` where the logarithm is wanted, :func:`softmax_cross_entropy` for a loss.
     """
-    return _softmax_jit(x, numerics.as_static(axis), where, axis_name)
+    return _softmax_jit(mode, x, numerics.as_static(axis), where, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
-def _softmax_jit(x, axis, where, axis_name):
+@functools.partial(jax.jit, static_argnames=("mode", "axis", "axis_name"))
+def _softmax_jit(mode, x, axis, where, axis_name):
     x = numerics.as_float(x, of="softmax")
     where = numerics.as_mask(where, x, of="softmax")
     axes = numerics.as_axes(axis, x, of="softmax")
     sharding.check("softmax", axis_name, cut={"x": x})
-    return _softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
+    softmax = modes.of(mode, _softmax, _softmax_twin, axis_name)
+    return softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
 @functools.partial(jax.jit, static_argnames="axis")
@@ -203,3 +212,26 @@ def _vjp(  # (4)
 
 
 _softmax.defvjp(_fwd, _bwd)
+
+
+def _jvp(axis, _, residuals, x_dot, __):  # (5)
+    kept, where = residuals
+    x_dot = numerics.masked(x_dot, where, 0)
+
+    def u_and_y():
+        (x_dot_,) = numerics.apart(x_dot)
+        if numerics.is_wide(x_dot):
+            return kept[0] * x_dot_, kept[0]
+        x, m, s = numerics.apart(*kept)
+        y = _share(numerics.masked(x, where), m, s)
+        return y * numerics.widen(x_dot_), y
+
+    u, _ = u_and_y()
+    total_u = u.sum(axis, keepdims=True)
+    u, y = u_and_y()
+    total_t = (u - y * total_u).sum(axis, keepdims=True)
+    u, y = u_and_y()
+    return numerics.narrow(u - y * total_u - y * total_t, like=x_dot)
+
+
+_softmax_twin = modes.custom_jvp(_fwd, _jvp, static=2)

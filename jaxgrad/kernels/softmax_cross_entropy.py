@@ -9,21 +9,23 @@ applied to whole rows. Residuals: logits, labels, and a few numbers per row, (ma
 """
 
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
-from jaxgrad.kernels import row_rule
-from jaxgrad.kernels.loss_options import as_scalars, make_rule
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.kernels import row_rule, row_tangent
+from jaxgrad.kernels.loss_options import add_rules, as_scalars, make_rule
 from jaxgrad.kernels.row_rule import Part, Rule
+from jaxgrad.modes import Mode
 from jaxgrad.numerics import Axis
 
 
+@modes.public
 def softmax_cross_entropy(
+    mode: Mode,
     logits: ArrayLike,
     labels: ArrayLike,
     axis: Axis = -1,
@@ -82,10 +84,13 @@ def softmax_cross_entropy(
     """
     of = "softmax_cross_entropy"
     rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
-    return _dense_jit(logits, labels, numerics.as_static(axis), where, rule, axis_name)
+    axis = numerics.as_static(axis)
+    return _dense_jit(mode, logits, labels, axis, where, rule, axis_name)
 
 
+@modes.public
 def softmax_cross_entropy_with_integer_labels(
+    mode: Mode,
     logits: ArrayLike,
     labels: ArrayLike,
     axis: int | tuple[int, ...] = -1,
@@ -145,11 +150,11 @@ def softmax_cross_entropy_with_integer_labels(
     if ignore_index is not None:
         ignore_index = numerics.as_index(ignore_index, of, "ignore_index")
     axis = numerics.as_static(axis)
-    return _integer_jit(logits, labels, axis, where, rule, ignore_index, axis_name)
+    return _integer_jit(mode, logits, labels, axis, where, rule, ignore_index, axis_name)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "axis_name"))
-def _dense_jit(logits, labels, axis, where, rule, axis_name):
+@functools.partial(jax.jit, static_argnames=("mode", "axis", "axis_name"))
+def _dense_jit(mode, logits, labels, axis, where, rule, axis_name):
     of = "softmax_cross_entropy"
     x = numerics.as_float(logits, of, "logits")
     t = numerics.as_float(labels, of, "labels")
@@ -157,12 +162,12 @@ def _dense_jit(logits, labels, axis, where, rule, axis_name):
     where = numerics.as_row_mask(where, x, axes, of, "logits")
     rule = as_scalars(rule, numerics.widen(x).dtype, of)
     sharding.check(of, axis_name, cut={"logits": x, "labels": t})
-    x, t, where, rule = _lifted((x, t, where, rule), axis_name)
-    return cast(Array, _dense(axes, axis_name, x, t, where, rule)).squeeze(axes)
+    dense = modes.of(mode, _dense, _dense_twin, axis_name)
+    return dense(axes, axis_name, *_lifted((x, t, where, rule), axis_name)).squeeze(axes)
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "ignore_index", "axis_name"))
-def _integer_jit(logits, labels, axis, where, rule, ignore_index, axis_name):
+@functools.partial(jax.jit, static_argnames=("mode", "axis", "ignore_index", "axis_name"))
+def _integer_jit(mode, logits, labels, axis, where, rule, ignore_index, axis_name):
     of = "softmax_cross_entropy_with_integer_labels"
     x = numerics.as_float(logits, of, "logits")
     labels = numerics.as_labels(labels, of)
@@ -184,8 +189,9 @@ def _integer_jit(logits, labels, axis, where, rule, ignore_index, axis_name):
     labels = jnp.expand_dims(jnp.broadcast_to(labels, rows), along)
     sharding.check(of, axis_name, cut={"logits": x}, whole={"labels": labels})
     rule = as_scalars(rule, numerics.widen(x).dtype, of)
+    integer = modes.of(mode, _integer, _integer_twin, axis_name)
     arrays = _lifted((x, labels, where, rule), axis_name)
-    return cast(Array, _integer(along, ignore_index, axis_name, *arrays)).squeeze(along)
+    return integer(along, ignore_index, axis_name, *arrays).squeeze(along)
 
 
 def _lifted(arrays, axis_name):
@@ -229,6 +235,15 @@ def _dense_bwd(axis, axis_name, residuals, loss_bar):
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+def _dense_jvp(axis, _, residuals, x_dot, t_dot, __, rule_dot):
+    x, t, where, rule, part = residuals
+    bars = (jnp.ones_like(part.top),)
+    return row_tangent.of_whole(rule, x, t, where, part, bars, x_dot, t_dot, rule_dot)
+
+
+_dense_twin = modes.custom_jvp(_dense_fwd, _dense_jvp, static=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -291,16 +306,25 @@ def _integer_fwd(axis, ignore_index, axis_name, x, labels, where, rule):
 
 
 def _integer_bwd(axis, ignore_index, axis_name, residuals, loss_bar):
+    (x, hit, where, rule, part), mend = _mended(axis, ignore_index, axis_name, residuals)
+    z_bar = row_rule.gradient(rule, x, hit, where, part, mend(loss_bar))
+    z_bar = _unless_ignored(z_bar, residuals[1], ignore_index)
+    rule_bar = _rule_bar(axis_name, rule, x, where, part, mend(loss_bar), z_bar)
+    return row_rule.to_logits(rule, x, where, z_bar), None, None, rule_bar
+
+
+def _mended(axis, ignore_index, axis_name, residuals):
+    """The residuals, with the class hit for the label, and what mends l̄: 0 ignored, NaN unknown."""
     x, labels, where, rule, part = residuals
     x, part = jax.tree.map(  # they may hold NaN there
         lambda z: _unless_ignored(z, labels, ignore_index), (x, part)
     )
     known, index = _places(x, labels, axis, axis_name)
-    loss_bar = _unless_ignored(jnp.where(known, loss_bar, jnp.nan), labels, ignore_index)
-    z_bar = row_rule.gradient(rule, x, _hit(x, index, axis), where, part, loss_bar)
-    z_bar = _unless_ignored(z_bar, labels, ignore_index)
-    rule_bar = _rule_bar(axis_name, rule, x, where, part, loss_bar, z_bar)
-    return row_rule.to_logits(rule, x, where, z_bar), None, None, rule_bar
+
+    def mend(loss_bar):
+        return _unless_ignored(jnp.where(known, loss_bar, jnp.nan), labels, ignore_index)
+
+    return (x, _hit(x, index, axis), where, rule, part), mend
 
 
 def _unless_ignored(value, labels, ignore_index):
@@ -310,6 +334,16 @@ def _unless_ignored(value, labels, ignore_index):
 _integer.defvjp(_integer_fwd, _integer_bwd)
 
 
+def _integer_jvp(axis, ignore_index, _, residuals, x_dot, __, ___, rule_dot):
+    (x, hit, where, rule, part), mend = _mended(axis, ignore_index, None, residuals)
+    bars = (mend(jnp.ones_like(part.top)),)
+    x_dot = None if x_dot is None else _unless_ignored(x_dot, residuals[1], ignore_index)
+    return row_tangent.of_whole(rule, x, hit, where, part, bars, x_dot, None, rule_dot)
+
+
+_integer_twin = modes.custom_jvp(_integer_fwd, _integer_jvp, static=3)
+
+
 def _kept(rule: Rule, part: Part) -> Part:  # the gap of the targets is needed for ε̄ alone
     return part if rule.label_smoothing is not None else part._replace(gap=None)
 
@@ -317,8 +351,4 @@ def _kept(rule: Rule, part: Part) -> Part:  # the gap of the targets is needed f
 def _rule_bar(axis_name, rule, x, where, part, loss_bar, z_bar) -> Rule:
     classes = sharding.psum(row_rule.to_rule(rule, x, where, part, z_bar), axis_name)
     rows = row_rule.rows_to_rule(rule, part, loss_bar)
-    total = (
-        None if a is None and b is None else (a if b is None else b if a is None else a + b)
-        for a, b in zip(classes, rows, strict=True)
-    )
-    return Rule(*total)
+    return jax.tree.map(jnp.sum, add_rules(classes, rows))

@@ -2,7 +2,7 @@ r"""Hyperbolic tangent and soft-cap, and their backward rules.
 
     y      = tanh x                                                    (1)
     ∂y/∂x  = 1 - y²  = sech² x = 4 e / (1 + e)²      e = exp(-2|x|)    (2)
-    x̄      = ȳ sech² x                                                 (3)
+    x̄      = ȳ sech² x                     ẏ = ẋ sech² x               (3)
 
 1 - y² (the square of the value, not tanh of tanh) cancels where y is nearly ±1; the last form of
 (2) does not, so x is the residual and not y. A soft-cap is a tanh of height and width c:
@@ -15,22 +15,26 @@ r"""Hyperbolic tangent and soft-cap, and their backward rules.
 
     ∂y/∂c  = sech² u (½ sinh 2u - u) = sech² u Σ_{k≥1} 4^k u^(2k+1) / (2k+1)!            (7)
 
-It goes to ±1 at ±inf, where u is clipped so that u sech² u is 0 and not inf · 0.
+It goes to ±1 at ±inf, where u is clipped so that u sech² u is 0 and not inf · 0. A tangent is
+
+    ẏ      = ẋ ∂y/∂x + ċ ∂y/∂c                                         (8)
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.modes import Mode
 
 
-@jax.jit
-def tanh(x: ArrayLike) -> Array:
+@modes.public
+def tanh(mode: Mode, x: ArrayLike) -> Array:
     r"""Hyperbolic tangent, with a derivative that keeps its digits in saturation.
 
     .. math:: y = \tanh x, \qquad \bar x = \bar y\,\operatorname{sech}^2 x
@@ -49,13 +53,19 @@ def tanh(x: ArrayLike) -> Array:
       >>> print(f"{jax.grad(tanh)(12.0):.4e}, {jax.grad(jnp.tanh)(12.0):.4e}")
       1.5101e-10, 0.0000e+00
     """
+    return _tanh_jit(mode, x)
+
+
+@functools.partial(jax.jit, static_argnames="mode")
+def _tanh_jit(mode, x):
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.tanh(x)
-    return _tanh(numerics.as_float(x, of="tanh"))
+    return modes.of(mode, _tanh, _tanh_twin)(numerics.as_float(x, of="tanh"))
 
 
-def soft_cap(x: ArrayLike, cap: ArrayLike) -> Array:
+@modes.public
+def soft_cap(mode: Mode, x: ArrayLike, cap: ArrayLike) -> Array:
     r"""Squash ``x`` smoothly into (-cap, cap), leaving small values as they are.
 
     .. math:: y = c \tanh(x / c), \qquad \bar x = \bar y\,\operatorname{sech}^2 u, \qquad
@@ -84,11 +94,11 @@ def soft_cap(x: ArrayLike, cap: ArrayLike) -> Array:
       ``logit_soft_cap`` of :func:`softmax_cross_entropy_with_integer_labels`, the two in one.
     """
     numerics.check_positive(cap, of="soft_cap", name="cap")
-    return _soft_cap_jit(x, cap)
+    return _soft_cap_jit(mode, x, cap)
 
 
-@jax.jit
-def _soft_cap_jit(x, cap):
+@functools.partial(jax.jit, static_argnames="mode")
+def _soft_cap_jit(mode, x, cap):
     x = numerics.as_float(x, of="soft_cap")
     cap = numerics.as_float(cap, of="soft_cap", name="cap").astype(numerics.widen(x).dtype)
     if not numerics.broadcasts(cap, x):
@@ -96,7 +106,8 @@ def _soft_cap_jit(x, cap):
             f"soft_cap: cap must broadcast to x of {numerics.describe(x)}, "
             f"got {numerics.describe(cap)}"
         )
-    return _soft_cap(*sharding.lift((x, cap.reshape((1,) * (x.ndim - cap.ndim) + cap.shape))))
+    soft_cap = modes.of(mode, _soft_cap, _soft_cap_twin)
+    return soft_cap(*sharding.lift((x, cap.reshape((1,) * (x.ndim - cap.ndim) + cap.shape))))
 
 
 @jax.custom_vjp
@@ -126,6 +137,13 @@ def sech2(x: Array) -> Array:
 _tanh.defvjp(_fwd, _bwd)
 
 
+def _jvp(x, x_dot):  # (3), symmetric
+    return _bwd(x, x_dot)[0]
+
+
+_tanh_twin = modes.custom_jvp(_fwd, _jvp)
+
+
 @jax.custom_vjp
 def _soft_cap(x: Array, cap: Array) -> Array:
     return _soft_cap_forward(x, cap)
@@ -141,10 +159,14 @@ def _soft_cap_fwd(x, cap):
 
 def _soft_cap_bwd(residuals, y_bar):
     x, cap = residuals
-    u, y_bar_ = numerics.widen(x) / cap, numerics.widen(y_bar)
-    slope = sech2(u) * (1 - 2 * jnp.tanh(u) * _remainder(numerics.widen(x), u, cap))
-    x_bar = numerics.narrow(y_bar_ * slope, like=x)  # (5)
-    return x_bar, numerics.sum_to(y_bar_ * cap_slope(u), cap.shape)
+    y_bar_ = numerics.widen(y_bar)
+    x_bar = numerics.narrow(y_bar_ * _slope(x, cap), like=x)
+    return x_bar, numerics.sum_to(y_bar_ * cap_slope(numerics.widen(x) / cap), cap.shape)
+
+
+def _slope(x, cap):  # (5)
+    u = numerics.widen(x) / cap
+    return sech2(u) * (1 - 2 * jnp.tanh(u) * _remainder(numerics.widen(x), u, cap))
 
 
 def _remainder(x, u, cap):
@@ -168,3 +190,13 @@ def cap_slope(u: Array) -> Array:
 _CAP_SERIES = [4.0**k / math.factorial(2 * k + 1) for k in range(15, 0, -1)]
 
 _soft_cap.defvjp(_soft_cap_fwd, _soft_cap_bwd)
+
+
+def _soft_cap_jvp(residuals, x_dot, cap_dot):  # (8)
+    x, cap = residuals
+    y_dot: Any = 0 if x_dot is None else numerics.widen(x_dot) * _slope(x, cap)
+    y_dot += 0 if cap_dot is None else cap_dot * cap_slope(numerics.widen(x) / cap)
+    return numerics.narrow(y_dot, like=x)
+
+
+_soft_cap_twin = modes.custom_jvp(_soft_cap_fwd, _soft_cap_jvp)
