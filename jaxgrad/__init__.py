@@ -15,7 +15,7 @@ from .kernels.softmax import softmax as softmax
 from .kernels.softmax import softmax_jacobian as softmax_jacobian
 from .kernels.softmax import softmax_vjp as softmax_vjp
 from .kernels.softmax_cross_entropy import softmax_cross_entropy as softmax_cross_entropy
-from .kernels.softmax_cross_entropy import (
+from .kernels.softmax_cross_entropy_with_integer_labels import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
 from .kernels.tanh import soft_cap as soft_cap
