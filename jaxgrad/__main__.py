@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxgrad import __version__
-from jaxgrad.demo.options import InvalidInput, Options
+from jaxgrad.demo.options import Options
+from jaxgrad.terminal import InvalidInput
 
 SHORT_TRAIN_STEPS = 200
 
@@ -21,6 +22,7 @@ examples:
   python -m jaxgrad                          check, then train for half a minute
   python -m jaxgrad check softmax tanh       check two kernels
   python -m jaxgrad train --text book.txt    train on a text of your own
+  python -m jaxgrad bench --quick            time and memory, beside other libraries
   python -m jaxgrad info                     versions, devices, kernels"""
 CHECK_EXAMPLES = """\
 examples:
@@ -41,6 +43,20 @@ examples:
 
 Ctrl-C ends the training early; the report holds what there is.
 exit code: 0, 2 if the text or the output folder cannot be used, 130 after Ctrl-C"""
+BENCH = """\
+Races every kernel with its peers, on this device: times taken in turn, temporary memory, errors.
+Peers: jax.nn, jax.numpy and optax; tokamax, jax-cce and torch where they are installed."""
+BENCH_EXAMPLES = """\
+examples:
+  python -m jaxgrad bench --quick                      one shape a kernel, three minutes
+  python -m jaxgrad bench                              all shapes, twenty minutes
+  python -m jaxgrad bench softmax --shape 64,50257     your own shape
+  python -m jaxgrad bench --json new.json --compare old.json
+
+A shape of two numbers is rows,classes; of three, tokens,features,classes of a fused head; of
+four, batch,length,heads,features of attention. Close what else is running: the table ends with
+how noisy the machine was.
+exit code: 0, 2 if an argument cannot be used, 130 after Ctrl-C"""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -73,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"jaxgrad {__version__}")
     top.set_defaults(run=_check_and_train)
-    commands = top.add_subparsers(title="commands", metavar="{check,train,info}")
+    commands = top.add_subparsers(title="commands", metavar="{check,train,bench,info}")
 
     check = _parser(
         commands.add_parser,
@@ -141,6 +157,35 @@ def parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    bench = _parser(
+        commands.add_parser,
+        "bench",
+        epilog=BENCH_EXAMPLES,
+        help="time and memory of every kernel on this device, beside other libraries",
+        description=BENCH,
+    )
+    bench.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to race (all)")
+    bench.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES[:3],
+        dest="dtypes",
+        help="dtype to race in; may be given more than once (float32 and bfloat16)",
+    )
+    bench.add_argument(
+        "--shape",
+        action="append",
+        type=_shape,
+        dest="shapes",
+        metavar="N,N",
+        help="shape to race at; may be given more than once",
+    )
+    bench.add_argument("--quick", action="store_true", help="one shape a kernel, fewer rounds")
+    bench.add_argument("--json", metavar="FILE", help="write the results to a JSON file as well")
+    bench.add_argument("--plot", metavar="FILE", help="draw them to a PNG, PDF or SVG file")
+    bench.add_argument("--compare", metavar="OLD.json", help="tell what changed since a run")
+    bench.set_defaults(run=_bench)
+
     info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
     info.set_defaults(run=_info)
     return top
@@ -160,6 +205,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = tuple(map(_at_least(1), text.split(",")))
+    if not 2 <= len(shape) <= 4:
+        raise argparse.ArgumentTypeError(f"must be two to four numbers, got {len(shape)}")
+    return shape
 
 
 def _check_and_train(arguments: argparse.Namespace) -> int:
@@ -182,6 +234,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     fields = (field.name for field in dataclasses.fields(Options))
     return train(Options(**{name: getattr(arguments, name) for name in fields}))
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from jaxgrad.bench.speed import bench
+
+    names = ("kernels", "dtypes", "shapes", "quick", "json", "plot", "compare")
+    return bench(**{name: getattr(arguments, name) for name in names})
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,10 @@
 """The accuracy table on the screen: in colour where rich is installed, else in plain text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxgrad.bench.measure import Row
+from jaxgrad.terminal import writer
 
 COLUMNS = ("quantity", "dtype", "regime", "jaxgrad", "peer", "bar", "met")
 
@@ -24,7 +25,7 @@ class Result(NamedTuple):
 
 def show(results: Sequence[Result]) -> None:
     """Print the table kernel by kernel, then what is missed, and how many bars are met."""
-    write = _writer()
+    write = writer()
     sections = {kernel: list(_lines(results, kernel)) for kernel in _kernels(results)}
     cells = [COLUMNS, *(line for lines in sections.values() for line in lines)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -73,12 +74,3 @@ def _number(error, unit):
 
 def _bar(row):
     return f"{row.bar:.2g} {row.unit}"
-
-
-def _writer() -> Callable[[str, str], None]:
-    try:
-        from rich.console import Console
-    except ImportError:
-        return lambda text, style: print(text)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    return lambda text, style: console.print(text, style=style)

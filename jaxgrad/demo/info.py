@@ -1,8 +1,6 @@
 """What jaxgrad would run on: versions, devices, and what each kernel keeps for its backward."""
 
 import functools
-import importlib.metadata
-import os
 import platform
 from collections.abc import Callable
 
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 import jaxgrad
+from jaxgrad import machine
 
 OPTIONAL = ("optax", "matplotlib", "rich", "mpmath")
 
@@ -41,7 +40,7 @@ def info() -> int:
     _row("jaxgrad", jaxgrad.__version__)
     _row("python", f"{platform.python_version()} on {platform.platform()}")
     for package in ("jax", "jaxlib", "numpy", *OPTIONAL):
-        _row(package, _version(package))
+        _row(package, machine.version(package) or "not installed")
     default = jnp.result_type(float)
     _row("x64", "on" if default == jnp.float64 else "off")
     _row("default dtype", default)
@@ -77,15 +76,6 @@ def _row(label: str, value: object) -> None:
     print(f"{label:15}{value}")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _memory(device) -> str:
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = machine.memory_bytes(device)
     return f"{limit / 2**30:.1f} GiB" if limit else "memory not known"

@@ -4,10 +4,6 @@ import dataclasses
 from pathlib import Path
 
 
-class InvalidInput(ValueError):
-    """Something the user can put right; its message is one line."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The defaults take about a minute on two cores.

@@ -15,8 +15,10 @@ import numpy as np
 import jaxgrad
 from jaxgrad.demo import plot, text
 from jaxgrad.demo.model import Params, Sizes
-from jaxgrad.demo.options import InvalidInput, Options
+from jaxgrad.demo.options import Options
 from jaxgrad.demo.text import Corpus
+from jaxgrad.machine import peak_resident_bytes
+from jaxgrad.terminal import InvalidInput
 
 JSON_NAME, PLOT_NAME = "report.json", "curves.png"
 LAST_STEPS = 20
@@ -142,16 +144,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         raise InvalidInput(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def peak_resident_bytes() -> int | None:
-    """The most memory that this process has held so far; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def table(report: Report) -> str:

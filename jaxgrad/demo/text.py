@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxgrad.demo.options import InvalidInput
+from jaxgrad.terminal import InvalidInput
 
 UNKNOWN = "<unk>"
 FEWEST_WORDS = 200

@@ -17,7 +17,7 @@ from jaxgrad.demo import model, report, rules, text
 from jaxgrad.demo.model import Params, Rules
 from jaxgrad.demo.optimiser import Optimiser, adamw, warm_up_and_decay
 from jaxgrad.demo.options import Options
-from jaxgrad.demo.progress import progress
+from jaxgrad.terminal import progress
 
 LEARNING_RATE = 4e-3
 EVALUATED_BATCHES = 128
@@ -130,7 +130,7 @@ def train(options: Options, on_step: Callable[[int], object] = lambda done: None
                 updates = [run.step(windows) for run in runs]
                 for run, update in zip(runs, updates, strict=True):
                     run.make(*update)
-                show(done, runs[0].losses[-1])
+                show(done, f"loss {runs[0].losses[-1]:.3f}")
                 on_step(done)
 
     def evaluate() -> None:

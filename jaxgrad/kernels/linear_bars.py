@@ -37,15 +37,16 @@ def resized(x: Array | None, axis: int, size: int) -> Array | None:
     return None if x is None else jnp.zeros_like(x, shape=shape)
 
 
-def _cast(bar: Any, dtype: Any) -> Any:
+def cast(bar: Any, dtype: Any) -> Any:
+    """``bar`` in the dtype, if any, that it goes back in."""
     return jax.tree.map(lambda z: z.astype(dtype), bar)
 
 
 def cotangents(wanted: Wanted, bars: Bars) -> tuple[Head, Tokens, Any]:
     """``bars`` in the places and the dtypes of the arguments."""
-    head = Head(_cast(bars.w, wanted.w), _cast(bars.bias, wanted.bias))
-    tokens = Tokens(_cast(bars.x, wanted.x), _cast(bars.labels, wanted.labels), None)
-    return head, tokens, _cast(bars.rule, wanted.rule)
+    head = Head(cast(bars.w, wanted.w), cast(bars.bias, wanted.bias))
+    tokens = Tokens(cast(bars.x, wanted.x), cast(bars.labels, wanted.labels), None)
+    return head, tokens, cast(bars.rule, wanted.rule)
 
 
 def asked(head, tokens, rule):

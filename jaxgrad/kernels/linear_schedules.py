@@ -30,6 +30,10 @@ from jaxgrad.kernels import linear_bars, linear_tile, row_rule
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
 
+# A w̄ of 16 bits is rounded so many times: summed as a whole, it would be held in 32 bits as well;
+# class tile by class tile, XLA's CPU would widen and round all of it for each.
+BLOCKS = 4
+
 
 class Rows(NamedTuple):
     """What is known of each token in the end, [t, 1] each."""
@@ -72,38 +76,46 @@ def _per_token_bwd(plan, residuals, bar):
     of_rows = (rule, part, row_bars)
     rule, part, row_bars = sharding.lift(of_rows, plan.axis_name)
 
-    def classes(bars, column, width, _):
-        def chunk(tile, row, size, new):
-            some, part_, row_bars_ = _some((clean, part, row_bars), row, size)
-            x = linear_tile.logits(plan, head, some.x, column, width)
-            return linear_tile.pull_back(
-                plan,
-                wanted,
-                tile,
-                head,
-                some,
-                x,
-                rule,
-                part_,
-                _only(new, row_bars_),
-                start=(row, column),
-                x_at=row,
-                w_at=0,
-            ), ()
+    def block(bars, first, size, _):
+        def classes(bars, column, width, _):
+            def chunk(bars, row, size, new):
+                some, part_, row_bars_ = _some((clean, part, row_bars), row, size)
+                x = linear_tile.logits(plan, head, some.x, first + column, width)
+                return linear_tile.pull_back(
+                    plan,
+                    wanted,
+                    bars,
+                    head,
+                    some,
+                    x,
+                    rule,
+                    part_,
+                    _only(new, row_bars_),
+                    start=(row, first + column),
+                    x_at=row,
+                    w_at=column,
+                ), ()
 
-        tile = bars._replace(
-            w=linear_bars.resized(zero.w, plan.vocab_axis, width),
-            bias=linear_bars.resized(zero.bias, 0, width),
+            return tiling.fold_overlapping(chunk, bars, len(tokens.x), plan.tile[0])
+
+        sums = bars._replace(
+            w=linear_bars.resized(zero.w, plan.vocab_axis, size),
+            bias=linear_bars.resized(zero.bias, 0, size),
         )
-        tile, _ = tiling.fold_overlapping(chunk, tile, len(tokens.x), plan.tile[0])
+        sums, _ = tiling.fold(classes, sums, size, plan.tile[1])
         if wanted.w is not None:
-            corner = linear_tile.along(plan, column)
-            tile = tile._replace(w=tiling.put(bars.w, tile.w, *corner))
+            corner = linear_tile.along(plan, first)
+            sums = sums._replace(w=tiling.put(bars.w, sums.w, *corner))
         if wanted.bias is not None:
-            tile = tile._replace(bias=tiling.put(bars.bias, tile.bias, column))
-        return tile, ()
+            sums = sums._replace(bias=tiling.put(bars.bias, sums.bias, first))
+        return sums, ()
 
-    bars, _ = tiling.fold(classes, zero, plan.v, plan.tile[1])
+    bars = zero._replace(
+        w=linear_bars.cast(zero.w, wanted.w), bias=linear_bars.cast(zero.bias, wanted.bias)
+    )
+    rounds = wanted.w is not None and wanted.w != plan.accumulate
+    size = tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
+    bars, _ = tiling.fold(block, bars, plan.v, size)
     bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
     bars = _with_rows(plan, wanted, bars, *of_rows)
     return linear_bars.cotangents(wanted, _over_shards(plan, bars))

@@ -22,7 +22,7 @@ In (6) p_i nearly 1 against q_i nearly s cancels. p_i - 1 = (e_i - 1 - excess) /
 not, so there a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)                       (9)
 
 A row may come in parts, tiles or shards of the vocabulary: ``Part`` holds the sums of one relative
-to its own maximum, ``merge`` and ``merge_shards`` add them. Every sum keeps its axis; masked, d = -∞.
+to its own maximum, ``merge`` and ``merge_shards`` add them. Sums keep their axis.
 """
 
 import functools

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgrad.demo import text
-from jaxgrad.demo.options import InvalidInput
+from jaxgrad.terminal import InvalidInput
 
 ENGLISH = "The cat sat on the mat; a dog (three years old) ran past it. " * 40
 

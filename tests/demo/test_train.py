@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxgrad.demo import plot, report, train
-from jaxgrad.demo.options import InvalidInput, Options
+from jaxgrad.demo.options import Options
+from jaxgrad.terminal import InvalidInput
 
 ROOT = Path(__file__).parents[2]
 STORY = "the cat sat on the mat. a dog ran to the park, and the bird sang in the tree! " * 20

@@ -96,8 +96,8 @@ def test_neither_the_logits_nor_a_wide_or_transposed_w_exist(reduction, vocab_ax
 
 
 def test_memory_is_that_of_tiles():
-    def temp(t, v, reduction):
-        memory = compiled(t, 32, v, jnp.float32, reduction, chunk_size=(64, 128))
+    def temp(t, v, reduction, dtype=jnp.float32):
+        memory = compiled(t, 32, v, dtype, reduction, chunk_size=(64, 128))
         return memory.memory_analysis().temp_size_in_bytes
 
     base, more_tokens, more_classes = (
@@ -106,6 +106,8 @@ def test_memory_is_that_of_tiles():
     assert base <= 2**20
     assert more_classes - base <= 2**16
     assert more_tokens - base <= 4 * 1536 * (32 + 16)  # x̄ and numbers a row, not 128 classes
+    # w̄ of 16 bits is summed in 32, a quarter at a time.
+    assert temp(512, 8192, None, jnp.bfloat16) - base <= 1.1 * 32 * 4 * 8192 / 4
     kept = 64 * 4 * 2048
     assert temp(512, 2048, "mean") <= kept + 2**20
     assert temp(2048, 2048, "mean") - temp(512, 2048, "mean") <= 4 * 1536 * (32 + 16)
