@@ -9,13 +9,11 @@ from .kernels.linear_softmax_cross_entropy import (
 )
 from .kernels.log_softmax import log_softmax as log_softmax
 from .kernels.logsumexp import logsumexp as logsumexp
-from .kernels.ring_attention import ring_attention as ring_attention
-from .kernels.sharded import sharded as sharded
 from .kernels.softmax import softmax as softmax
 from .kernels.softmax import softmax_jacobian as softmax_jacobian
 from .kernels.softmax import softmax_vjp as softmax_vjp
 from .kernels.softmax_cross_entropy import softmax_cross_entropy as softmax_cross_entropy
-from .kernels.softmax_cross_entropy import (
+from .kernels.softmax_cross_entropy_with_integer_labels import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
 from .kernels.tanh import soft_cap as soft_cap
@@ -31,8 +29,6 @@ __all__ = [
     "linear_softmax_cross_entropy",
     "log_softmax",
     "logsumexp",
-    "ring_attention",
-    "sharded",
     "soft_cap",
     "softmax",
     "softmax_cross_entropy",

@@ -16,6 +16,9 @@ from jaxgrad.kernels import log_softmax as _log_softmax
 from jaxgrad.kernels import logsumexp as _logsumexp
 from jaxgrad.kernels import softmax as _softmax
 from jaxgrad.kernels import softmax_cross_entropy as _softmax_cross_entropy
+from jaxgrad.kernels import (
+    softmax_cross_entropy_with_integer_labels as _softmax_cross_entropy_with_integer_labels,
+)
 from jaxgrad.kernels import tanh as _tanh
 from jaxgrad.kernels.linear_tile import SparseLabels as SparseLabels
 from jaxgrad.kernels.softmax import softmax_jacobian as softmax_jacobian
@@ -32,6 +35,6 @@ soft_cap = modes.twin(_tanh.soft_cap, __name__)
 softmax = modes.twin(_softmax.softmax, __name__)
 softmax_cross_entropy = modes.twin(_softmax_cross_entropy.softmax_cross_entropy, __name__)
 softmax_cross_entropy_with_integer_labels = modes.twin(
-    _softmax_cross_entropy.softmax_cross_entropy_with_integer_labels, __name__
+    _softmax_cross_entropy_with_integer_labels.softmax_cross_entropy_with_integer_labels, __name__
 )
 tanh = modes.twin(_tanh.tanh, __name__)

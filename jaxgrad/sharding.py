@@ -128,8 +128,8 @@ def add_up(gap: Array, excess: Array, axis_name: AxisName, *sums: Any) -> tuple[
     """Excess of (1), ``gap`` being m_k - m; and whatever else is to be added, in the same go."""
     leads = gap == 0
     own = jnp.where(leads, excess + (1 + excess) * jnp.expm1(gap), (1 + excess) * jnp.exp(gap))
-    total, count, *sums = psum((own, leads.astype(own.dtype), *sums), axis_name)
-    return total + (count - 1), *sums
+    total, count, *rest = psum((own, leads.astype(own.dtype), *sums), axis_name)
+    return total + (count - 1), *rest
 
 
 def names(axis_name: AxisName) -> tuple[Hashable, ...]:

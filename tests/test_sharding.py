@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from numpy.testing import assert_allclose
 
 import jaxgrad
-from jaxgrad import SparseLabels, linear_softmax_cross_entropy, sharded
+from jaxgrad import SparseLabels, linear_softmax_cross_entropy
+from jaxgrad.parallel import ring_attention, sharded
 
 T, D, V = 8, 6, 16
 close = functools.partial(jax.tree.map, functools.partial(assert_allclose, rtol=1e-12, atol=1e-12))
@@ -391,7 +392,7 @@ def test_ring_attention(x64, rng, is_causal):
         return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
 
     def part(q, k, v, cap, scale, ids):
-        call = functools.partial(jaxgrad.ring_attention, axis_name="sequence", **options)
+        call = functools.partial(ring_attention, axis_name="sequence", **options)
         return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
 
     mesh, tokens = mesh_of(data=2, sequence=4), P("data", "sequence")
@@ -403,7 +404,7 @@ def test_ring_attention(x64, rng, is_causal):
 def test_what_a_ring_sends():
     """Keys and values, from one shard to the next: never the whole sequence."""
     mesh, tokens = mesh_of(sequence=8), P(None, "sequence")
-    ring = functools.partial(jaxgrad.ring_attention, axis_name="sequence", is_causal=True)
+    ring = functools.partial(ring_attention, axis_name="sequence", is_causal=True)
     ring = jax.shard_map(ring, mesh=mesh, in_specs=tokens, out_specs=tokens)
     q = abstract(mesh, (1, 64, 2, 4), tokens)
     found = collectives(jax.jit(ring).lower(q, q, q).compile())

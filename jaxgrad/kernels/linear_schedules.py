@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
 from jaxgrad import sharding, tiling
-from jaxgrad.kernels import linear_tile, row_rule
-from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
+from jaxgrad.kernels import linear_bars, linear_tile, row_rule
+from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
 
 # A w̄ of 16 bits is rounded so many times: summed as a whole, it would be held in 32 bits as well;
@@ -62,7 +62,7 @@ def _forward(plan, head, tokens, rule):
 
 
 def _per_token_fwd(plan, head, tokens, rule):
-    (head, tokens, rule), wanted = _asked(head, tokens, rule)
+    (head, tokens, rule), wanted = linear_bars.asked(head, tokens, rule)
     rows, part = _forward(plan, head, tokens, rule)
     part = jax.tree.map(lambda z: checkpoint_name(z, "linear_softmax_cross_entropy"), part)
     return rows, (wanted, head, tokens, rule, part)
@@ -72,7 +72,7 @@ def _per_token_bwd(plan, residuals, bar):
     wanted, head, tokens, rule, part = residuals
     row_bars = _row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
     clean = _without_ignored(plan, tokens)
-    zero = _zeros(plan, wanted, head, tokens, rule)
+    zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
     of_rows = (rule, part, row_bars)
     rule, part, row_bars = sharding.lift(of_rows, plan.axis_name)
 
@@ -99,7 +99,8 @@ def _per_token_bwd(plan, residuals, bar):
             return tiling.fold_overlapping(chunk, bars, len(tokens.x), plan.tile[0])
 
         sums = bars._replace(
-            w=_resized(zero.w, plan.vocab_axis, size), bias=_resized(zero.bias, 0, size)
+            w=linear_bars.resized(zero.w, plan.vocab_axis, size),
+            bias=linear_bars.resized(zero.bias, 0, size),
         )
         sums, _ = tiling.fold(classes, sums, size, plan.tile[1])
         if wanted.w is not None:
@@ -109,13 +110,15 @@ def _per_token_bwd(plan, residuals, bar):
             sums = sums._replace(bias=tiling.put(bars.bias, sums.bias, first))
         return sums, ()
 
-    bars = zero._replace(w=_cast(zero.w, wanted.w), bias=_cast(zero.bias, wanted.bias))
+    bars = zero._replace(
+        w=linear_bars.cast(zero.w, wanted.w), bias=linear_bars.cast(zero.bias, wanted.bias)
+    )
     rounds = wanted.w is not None and wanted.w != plan.accumulate
     size = tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
     bars, _ = tiling.fold(block, bars, plan.v, size)
     bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
     bars = _with_rows(plan, wanted, bars, *of_rows)
-    return _cotangents(wanted, _over_shards(plan, bars))
+    return linear_bars.cotangents(wanted, _over_shards(plan, bars))
 
 
 per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
@@ -129,13 +132,13 @@ def total(plan: Plan, head: Head, tokens: Tokens, rule: Rule, scale: Array) -> t
 
 
 def _total_fwd(plan, head, tokens, rule, scale):
-    (head, tokens, rule), wanted = _asked(head, tokens, rule)
+    (head, tokens, rule), wanted = linear_bars.asked(head, tokens, rule)
     return _gradients(plan, wanted, head, tokens, rule, scale.value)
 
 
 def _gradients(plan, wanted, head, tokens, rule, scale):
     clean = _without_ignored(plan, tokens)
-    zero = _zeros(plan, wanted, head, tokens, rule)
+    zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 
     def chunk(bars, row, size, new):
         some, scale_ = _some((clean, scale), row, size)
@@ -159,7 +162,7 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
                 w_at=column,
             ), ()
 
-        bars = bars._replace(x=_resized(zero.x, 0, size))
+        bars = bars._replace(x=linear_bars.resized(zero.x, 0, size))
         bars, _ = tiling.fold(classes, bars, plan.v, plan.tile[1], kept)
         bars = _with_rows(plan, wanted, bars, *of_rows)
         return bars._replace(x=None), (rows, _marked(plan, bars.x, some.labels))
@@ -176,7 +179,7 @@ def _total_bwd(plan, residuals, bar):
     if isinstance(bar[0], SymbolicZero):
         return None, None, None, None
     bars, loss = jax.tree.map(lambda z: bar[0] * z.astype(plan.wide), (bars, loss))
-    return *_cotangents(wanted, bars), loss
+    return *linear_bars.cotangents(wanted, bars), loss
 
 
 total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
@@ -270,52 +273,3 @@ def _with_rows(
 def _over_shards(plan: Plan, bars: Bars) -> Bars:
     """``bars`` with that of the rule, which all shards share, summed over them."""
     return bars._replace(rule=sharding.psum(bars.rule, plan.axis_name))
-
-
-def _zeros(plan: Plan, wanted: Wanted, head: Head, tokens: Tokens, rule: Rule) -> Bars:
-    def zeros(dtype, tree):
-        zero = lambda z: jnp.zeros_like(z, plan.accumulate)
-        return None if dtype is None else jax.tree.map(zero, tree)
-
-    row_zero = jnp.zeros_like(tokens.x, plan.wide, shape=())
-    labels = tokens.labels
-    if isinstance(labels, SparseLabels):
-        labels = labels._replace(indices=None)
-    return Bars(
-        zeros(wanted.x, tokens.x),
-        zeros(wanted.w, head.w),
-        zeros(wanted.labels, labels),
-        zeros(wanted.bias, head.bias),
-        None if wanted.rule is None else jax.tree.map(lambda _: row_zero, rule),
-    )
-
-
-def _resized(x: Array | None, axis: int, size: int) -> Array | None:
-    """Zeros like ``x``, but for the length of one axis."""
-    shape = None if x is None else (*x.shape[:axis], size, *x.shape[axis + 1 :])
-    return None if x is None else jnp.zeros_like(x, shape=shape)
-
-
-def _cast(bar: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda z: z.astype(dtype), bar)
-
-
-def _cotangents(wanted: Wanted, bars: Bars) -> tuple[Head, Tokens, Any]:
-    """``bars`` in the places and the dtypes of the arguments."""
-    head = Head(_cast(bars.w, wanted.w), _cast(bars.bias, wanted.bias))
-    tokens = Tokens(_cast(bars.x, wanted.x), _cast(bars.labels, wanted.labels), None)
-    return head, tokens, _cast(bars.rule, wanted.rule)
-
-
-def _asked(head, tokens, rule):
-    """Arguments of a rule with symbolic zeros, and the dtypes of those that are differentiated."""
-
-    def primal(z):
-        return isinstance(z, CustomVJPPrimal)
-
-    def dtype(tree):
-        leaves = [z for z in jax.tree.leaves(tree, is_leaf=primal) if z.perturbed]
-        return leaves[0].value.dtype if leaves else None
-
-    wanted = Wanted(*(dtype(z) for z in (tokens.x, head.w, tokens.labels, head.bias, rule)))
-    return jax.tree.map(lambda z: z.value, (head, tokens, rule), is_leaf=primal), wanted

@@ -180,7 +180,9 @@ def merge_shards(
     some = None if some is None else some.astype(plan.wide)
     whole, some = row_rule.merge_shards(rule, part, plan.axis_name, some)
     if plan.argmax:
-        best = sharding.first(best + tokens.first, part.top == whole.top, plan.axis_name)
+        best = sharding.first(
+            best + jnp.asarray(tokens.first), part.top == whole.top, plan.axis_name
+        )
     else:
         best = jnp.zeros_like(whole.top, jnp.int32)
     return whole, best, None if some is None else some > 0

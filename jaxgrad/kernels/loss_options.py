@@ -1,11 +1,15 @@
-"""The options that every cross-entropy takes, checked and made a ``Rule``; and the reductions."""
+"""The options that every cross-entropy takes: checked, made a ``Rule``, given their cotangents."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics
-from jaxgrad.kernels.row_rule import Rule
+from jaxgrad import numerics, sharding
+from jaxgrad.kernels import row_rule
+from jaxgrad.kernels.row_rule import Part, Rule
 
 
 def make_rule(
@@ -52,3 +56,29 @@ def add_rules(a: Rule, b: Rule) -> Rule:
 def mean_weights(weights: Array) -> Array:
     """Each token's part in the weighted mean; 0 throughout where no weight is left."""
     return numerics.safe_divide(weights, weights.sum())
+
+
+def lifted(arrays: tuple[Any, ...], axis_name: sharding.AxisName) -> tuple[Any, ...]:
+    """Arrays of classes, lifted to the shards of ``axis_name`` too, and the rule, which is last."""
+    *classes, _ = sharding.lift(arrays, axis_name)
+    return *classes, sharding.lift_rows(arrays[-1], arrays, axis_name)
+
+
+def kept(rule: Rule, part: Part) -> Part:
+    """The sums of a row that its backward needs: the gap of the targets for ε̄ alone."""
+    return part if rule.label_smoothing is not None else part._replace(gap=None)
+
+
+def to_options(
+    axis_name: sharding.AxisName,
+    rule: Rule,
+    x: Array,
+    where: Array | None,
+    part: Part,
+    loss_bar: Array,
+    z_bar: Array,
+) -> Rule:
+    """The cotangents of the options, from whole rows or a shard's part of them."""
+    classes = jax.tree.map(jnp.sum, row_rule.to_rule(rule, x, where, part, z_bar))
+    rows = jax.tree.map(jnp.sum, row_rule.rows_to_rule(rule, part, loss_bar))
+    return add_rules(sharding.psum(classes, axis_name), rows)

@@ -21,9 +21,8 @@ Let l̄, L̄, H̄ be the cotangents of loss, lse and entropy, and a = l̄ s + L�
 In (6) p_i nearly 1 against q_i nearly s cancels. p_i - 1 = (e_i - 1 - excess) / S, e = exp d, does
 not, so above p_i = 1/2 a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)             (9)
 
-A row may come in parts (tiles of the vocabulary): ``Part`` holds the sums of one relative to its
-own maximum, ``merge`` adds two, ``merge_shards`` those of all shards of a mesh axis. Every sum
-keeps its axis, and masked classes are -inf in d.
+A row may come in parts, tiles or shards of the vocabulary: ``Part`` holds the sums of one relative
+to its own maximum, ``merge`` and ``merge_shards`` add them. Sums keep their axis.
 """
 
 import functools
@@ -126,8 +125,8 @@ def merge(rule: Rule, a: Part, b: Part) -> Part:
     top = jnp.maximum(a.top, b.top)
     (z_a, a), (z_b, b) = _raised(rule, a, top), _raised(rule, b, top)
     _, excess = numerics.merge(z_a, a.excess, z_b, b.excess)
-    sums = zip(a[2:], b[2:], strict=True)
-    return Part(top, excess, *(None if i is None or j is None else i + j for i, j in sums))
+    sums = (None if j is None or k is None else j + k for j, k in zip(a[2:], b[2:], strict=True))
+    return Part(top, excess, *sums)
 
 
 def merge_shards(

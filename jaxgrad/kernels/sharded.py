@@ -130,7 +130,7 @@ class Cuts(NamedTuple):
         tokens = (self.batch, self.sequence, *[None] * lead)[:lead]
         w = (self.features, self.classes)
         rows = tokens if "where" in arrays and arrays["where"].ndim > 1 else ()
-        specs = dict.fromkeys(arrays, P()) | {
+        specs: dict[str, Any] = dict.fromkeys(arrays, P()) | {
             "x": P(*tokens, None),
             "w": P(*(w if vocab_axis % 2 else reversed(w))),
             "bias": P(self.classes),
