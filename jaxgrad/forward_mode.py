@@ -35,3 +35,19 @@ softmax_cross_entropy_with_integer_labels = modes.twin(
     _softmax_cross_entropy.softmax_cross_entropy_with_integer_labels, __name__
 )
 tanh = modes.twin(_tanh.tanh, __name__)
+
+__all__ = [
+    "SparseLabels",
+    "cross_entropy",
+    "linear_log_probs",
+    "linear_softmax_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "soft_cap",
+    "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "softmax_jacobian",
+    "softmax_vjp",
+    "tanh",
+]
