@@ -28,6 +28,7 @@ from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 Axis = int | Sequence[int] | None
+_NUMBER = (int, float, np.generic)
 
 
 def describe(x: ArrayLike) -> str:
@@ -265,13 +266,13 @@ def as_index(value: SupportsIndex, of: str, name: str) -> int:
 
 def check_positive(value: ArrayLike | None, of: str, name: str) -> None:
     """Raise unless ``value`` is above 0, as far as it is known now and not traced."""
-    if isinstance(value, int | float | np.generic) and not value > 0:
+    if isinstance(value, _NUMBER) and not value > 0:
         raise ValueError(f"{of}: {name} must be above 0, got {value}")
 
 
 def check_fraction(value: ArrayLike, of: str, name: str) -> None:
     """Raise unless ``value`` lies in [0, 1], as far as it is known now and not traced."""
-    if isinstance(value, int | float | np.generic) and not 0 <= value <= 1:
+    if isinstance(value, _NUMBER) and not 0 <= value <= 1:
         raise ValueError(f"{of}: {name} must lie in [0, 1], got {value}")
 
 

@@ -32,7 +32,7 @@ def make_rule(
 
 
 def _is(value, default):
-    return isinstance(value, int | float) and value == default
+    return isinstance(value, (int, float)) and value == default
 
 
 def as_scalars(rule: Rule, dtype: jnp.dtype, of: str) -> Rule:
