@@ -28,6 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -179,7 +180,7 @@ def _share(x, m, s):
 
 
 def _fwd(axis, axis_name, x, where):
-    y, m, s = _forward(axis, axis_name, x, where)
+    y, m, s = checkpoint_name(_forward(axis, axis_name, x, where), "softmax")
     return y, ((y,) if numerics.is_wide(x) else (x, m, s), where)
 
 
