@@ -9,6 +9,7 @@ differential equations, forward over forward.
 import jax as jax
 
 from jaxgrad import modes
+from jaxgrad.kernels import attention as _attention
 from jaxgrad.kernels import cross_entropy as _cross_entropy
 from jaxgrad.kernels import linear_log_probs as _linear_log_probs
 from jaxgrad.kernels import linear_softmax_cross_entropy as _linear_softmax_cross_entropy
@@ -25,6 +26,7 @@ from jaxgrad.kernels.softmax import softmax_jacobian as softmax_jacobian
 from jaxgrad.kernels.softmax import softmax_vjp as softmax_vjp
 
 cross_entropy = modes.twin(_cross_entropy.cross_entropy, __name__)
+dot_product_attention = modes.twin(_attention.dot_product_attention, __name__)
 linear_log_probs = modes.twin(_linear_log_probs.linear_log_probs, __name__)
 linear_softmax_cross_entropy = modes.twin(
     _linear_softmax_cross_entropy.linear_softmax_cross_entropy, __name__
@@ -38,3 +40,20 @@ softmax_cross_entropy_with_integer_labels = modes.twin(
     _softmax_cross_entropy_with_integer_labels.softmax_cross_entropy_with_integer_labels, __name__
 )
 tanh = modes.twin(_tanh.tanh, __name__)
+
+__all__ = [
+    "SparseLabels",
+    "cross_entropy",
+    "dot_product_attention",
+    "linear_log_probs",
+    "linear_softmax_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "soft_cap",
+    "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "softmax_jacobian",
+    "softmax_vjp",
+    "tanh",
+]

@@ -26,7 +26,7 @@ def release():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unoptimised():
     """Programs as XLA has them before its optimiser: for what holds whatever that does."""
     jax.config.update("jax_disable_most_optimizations", True)

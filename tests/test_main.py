@@ -23,7 +23,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxgrad {jaxgrad.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["train"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["check"], ["train"], ["bench"], ["info"]])
 def test_help_shows_examples_and_defaults(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -73,6 +73,9 @@ def test_help_starts_no_backend():
         ["train", "--seed", "-1"],
         ["train", "--dtype", "float8"],
         ["check", "--dtype", "int32"],
+        ["bench", "--dtype", "float64"],
+        ["bench", "--shape", "8"],
+        ["bench", "--shape", "8,0"],
     ],
 )
 def test_bad_arguments_end_with_2(argv, capsys):

@@ -42,6 +42,11 @@ def verdicts(record: Record) -> list[Verdict]:
     return found
 
 
+def is_held(kernel: str, variant: str, dtype: str, what: str) -> bool:
+    """Whether there is a bar on the time of a use of a kernel, at some shape."""
+    return any((kernel, variant, what) in bar.keys and dtype in bar.dtypes for bar in _SPEED)
+
+
 class _Speed(NamedTuple):
     keys: tuple[tuple[str, str, str], ...]
     dtypes: tuple[str, ...]

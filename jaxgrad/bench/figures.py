@@ -96,13 +96,11 @@ def height(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def _series(results, axis) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, set[tuple[int, float]]] = {}
+    series: dict[str, list[tuple[int, float]]] = {}
     for entry in results["memory"]:
-        if entry["axis"] != axis or entry["kernel"] == "linear_log_probs":
-            continue
-        for name, temp in entry["temps"].items():
+        for name, temp in entry["temps"].items() if entry["axis"] == axis else ():
             variant = f", {entry['variant']}" if name == OURS and entry["variant"] else ""
-            series.setdefault(name + variant, set()).add((entry["size"], temp / 2**20))
+            series.setdefault(name + variant, []).append((entry["size"], temp / 2**20))
     return {name: sorted(points) for name, points in series.items()}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from jaxgrad.bench import race, subjects
+from jaxgrad.bench.measure import FUSED
 from jaxgrad.bench.race import Case
-from jaxgrad.bench.subjects import HEAD, HEADS, Shape, Subject
+from jaxgrad.bench.subjects import LOW_MEMORY, OURS, Shape, Subject
 from jaxgrad.machine import peak_resident_bytes
 
 VOCABULARIES = tuple(2**k for k in range(13, 19))
@@ -38,21 +39,21 @@ def sweep(quick: bool) -> Iterator[tuple[str, Subject, int, Callable[[], dict[st
     """What to compile: the axis, the subject, its size there, and how to get temp bytes of each."""
     every = 2 if quick else 1
     for subject in subjects.subjects():
-        gradient = "gradient" in subject.passes and subject.variant != "causal"
-        if subject.family is HEAD and gradient:
+        if subject.kernel == FUSED:
             for v in VOCABULARIES[::-every]:
                 yield "classes", subject, v, _temps(subject, (*AT_EACH_VOCABULARY, v))
-        if subject.family is HEADS and gradient:
+        if subject.name == "dot_product_attention":
             for t in LENGTHS[::-every]:
                 yield "length", subject, t, _temps(subject, (1, t, *AT_EACH_LENGTH))
 
 
 def _temps(subject: Subject, shape: Shape):
+    wanted = subject.contenders
+    if subject.variant == LOW_MEMORY:  # its peers are those of the other schedule
+        wanted = {OURS: subject.ours}
+
     def temps() -> dict[str, int]:
-        found = {}
-        for name, function in subject.contenders.items():
-            if name != "torch":
-                found[name] = _temp(subject, function, shape)
+        found = {name: _temp(subject, f, shape) for name, f in wanted.items() if name != "torch"}
         return {name: temp for name, temp in found.items() if temp is not None}
 
     return temps

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ import jax
 import jaxgrad
 from jaxgrad import machine
 from jaxgrad.bench import memory, peers, race, report
-from jaxgrad.bench.bars import verdicts
+from jaxgrad.bench.bars import is_held, verdicts
 from jaxgrad.bench.errors import error_in_ulps
 from jaxgrad.bench.race import Case
-from jaxgrad.bench.subjects import CAPPED, HEAD, HEADS, OURS, Shape, subjects
+from jaxgrad.bench.subjects import HEAD, HEADS, OURS, Shape, subjects
 from jaxgrad.terminal import InvalidInput, progress
 
 DTYPES = ("float32", "bfloat16")
@@ -45,7 +46,7 @@ def bench(
       kernels: Names of functions; None for all.
       dtypes: float32, bfloat16, float16; None for the first two.
       shapes: Each for the kernels that take shapes of its rank; None for a choice of all ranks.
-      quick: One shape a kernel, and fewer rounds.
+      quick: One shape a kernel, fewer rounds, and bfloat16 where it has a bar.
       json: A file for the results.
       plot: A file for a picture of them.
       compare: The results of an earlier run; what has changed is printed.
@@ -105,22 +106,23 @@ def cases(
         own = (family.quick,) if quick else family.shapes
         if shapes:
             own = [shape for shape in shapes if len(shape) == len(family.quick)]
-        found += [
-            Case(subject, dtype, tuple(shape), what)
-            for dtype in dtypes or DTYPES
-            for shape in own
-            for what in _passes(subject, shape, quick, bool(shapes))
-        ]
+        for dtype, shape, what in product(dtypes or DTYPES, own, subject.passes):
+            case = Case(subject, dtype, tuple(shape), what)
+            if shapes or _is_chosen(case, quick, bool(dtypes)):
+                found.append(case)
     if not found:
         raise InvalidInput("nothing to race: these kernels take no shape of this rank")
     return found
 
 
-def _passes(subject, shape, quick, asked):
-    """A forward by itself is raced where it has a bar, at one more shape, and where asked for."""
-    has_bar = subject.family is HEADS or subject.variant == CAPPED
-    both = asked or has_bar or (shape == subject.family.quick and not quick)
-    return subject.passes if both else subject.passes[-1:]
+def _is_chosen(case: Case, quick: bool, dtype_is_asked_for: bool) -> bool:
+    """What has a bar; else a forward at one shape, and no 16-bit numbers in a quick run."""
+    if is_held(case.subject.kernel, case.subject.variant, case.dtype, case.what):
+        return True
+    is_last = case.what == case.subject.passes[-1]
+    if quick:
+        return is_last and (dtype_is_asked_for or case.dtype == "float32")
+    return is_last or case.shape == case.subject.family.quick
 
 
 def measure(case: Case, seconds: float, given_up: Container[str] = ()) -> dict[str, Any]:

@@ -25,7 +25,7 @@ and these two numbers.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,19 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import numerics, sharding
+from jaxgrad import modes, numerics, sharding
 from jaxgrad.kernels import attention_arguments as arguments
+from jaxgrad.kernels import attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
+from jaxgrad.kernels.attention_products import dot, dot_heads, dot_rows, logits
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
 from jaxgrad.kernels.tanh import cap_slope, sech2
+from jaxgrad.modes import Mode
 
 
+@modes.public
 def dot_product_attention(
+    mode: Mode,
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -119,6 +124,7 @@ def dot_product_attention(
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(
+        mode,
         band,
         return_residual,
         query,
@@ -134,8 +140,9 @@ def dot_product_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _jit(
+    mode,
     band,
     return_residual,
     query,
@@ -154,8 +161,8 @@ def _jit(
     terms = arguments.terms(sizes, q, bias, scale, cap)
     masks = arguments.masks(sizes, mask, query_seq_lengths, key_value_seq_lengths, segment_ids)
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
-    out: Any = _attention(band, *sharding.lift(given))
-    o, lse = out
+    attention = modes.of(mode, _attention, _attention_twin)
+    o, lse = attention(band, *sharding.lift(given))
     shape = jnp.shape(query)[:-1]
     o = arguments.by_token(o).reshape(*shape, v.shape[-1])
     return (o, arguments.by_token(lse).reshape(shape)) if return_residual else o
@@ -180,11 +187,11 @@ def _forward(band, q, k, v, terms, masks):
 
             def tile(part, at):
                 v_ = at.keys(v)
-                z, _ = _logits(band, q_, at.keys(k), terms, masks, at)
+                z, _ = logits(band, q_, at.keys(k), terms, masks, at)
                 m = lax.stop_gradient(numerics.row_max(z, -1))  # any shift gives the same p
                 e = jnp.exp(numerics.below_max(z, m))
                 excess = e.sum(-1, keepdims=True) - 1
-                o = _dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
+                o = dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
                 return merge(part, Part(o, m, excess))
 
             _, start = sharding.lift((q, nothing(q_, v)))
@@ -226,14 +233,14 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
             def tile(carry, at):
                 q_bar, k_bar, v_bar, terms_bar = carry
                 k_, v_ = at.keys(k), at.keys(v)
-                z, u = _logits(band, q_, k_, terms, masks, at)
+                z, u = logits(band, q_, k_, terms, masks, at)
                 p = jnp.exp(numerics.below_max(z, m_)) * over_sum
-                v_bar = at.add_keys(v_bar, _dot_rows(numerics.narrow(p, like=v), o_bar_))  # (3)
-                z_bar = p * (_dot_heads(o_bar_, v_) - mean_)  # (2)
+                v_bar = at.add_keys(v_bar, dot_rows(numerics.narrow(p, like=v), o_bar_))  # (3)
+                z_bar = p * (dot_heads(o_bar_, v_) - mean_)  # (2)
                 terms_bar = _with_tile(terms_bar, z_bar, u, at)
                 z_bar = numerics.narrow(z_bar if u is None else z_bar * sech2(u), like=q)  # (4)
-                k_bar = at.add_keys(k_bar, _dot_rows(z_bar, q_))  # (3)
-                return q_bar + _dot(z_bar, k_), k_bar, v_bar, terms_bar
+                k_bar = at.add_keys(k_bar, dot_rows(z_bar, q_))  # (3)
+                return q_bar + dot(z_bar, k_), k_bar, v_bar, terms_bar
 
             q_bar, *carry = plan.over_keys(tile, (zeros(q_), *carry), rows)
             return tuple(carry), q_bar
@@ -250,22 +257,7 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
 
 
 _attention.defvjp(_fwd, _bwd)
-
-
-def _logits(band, q, k, terms, masks, tile):
-    """z of (1), -inf where hidden, and u of (4)."""
-    # A 16-bit q is scaled afterwards: the product would be rounded.
-    z = _dot_heads(q * terms.scale, k) if numerics.is_wide(q) else _dot_heads(q, k) * terms.scale
-    # With nothing in between, product and z - m may be contracted into a multiply-add, whose z is
-    # not the one that m was taken from.
-    z = jnp.maximum(z, jnp.finfo(z.dtype).min)
-    u = None
-    if terms.cap is not None:
-        u = z / terms.cap
-        z = terms.cap * jnp.tanh(u)
-    if terms.bias is not None:
-        z += tile.cut(terms.bias).astype(z.dtype)
-    return numerics.masked(z, tile.visible(band, masks)), u
+_attention_twin = modes.custom_jvp(_fwd, attention_tangents.push, static=1)
 
 
 def _with_tile(bars, z_bar, u, tile):
@@ -276,22 +268,3 @@ def _with_tile(bars, z_bar, u, tile):
     if u is not None:
         bars = bars._replace(cap=bars.cap + (z_bar * cap_slope(u)).sum())  # (4)
     return bars
-
-
-def _dot_heads(a, b):  # Σ over the head size: rows by keys
-    return _product(a, b[:, :, 0], (4,), (3,))
-
-
-def _dot(a, b):  # Σ over the keys
-    return _product(a, b[:, :, 0], (4,), (2,))
-
-
-def _dot_rows(a, b):  # Σ over the queries, those of all heads of a group
-    # As bᵀ a, transposed: XLA's CPU would transpose a, the larger, to compute aᵀ b.
-    return _product(b, a, (2, 3), (2, 3)).mT[:, :, None]
-
-
-def _product(a, b, over_a, over_b):
-    return lax.dot_general(
-        a, b, ((over_a, over_b), ((0, 1), (0, 1))), preferred_element_type=numerics.widen(a).dtype
-    )

@@ -24,6 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -102,8 +103,8 @@ def _forward(axis, axis_name, x, where):  # (1)
 
 
 def _fwd(axis, axis_name, x, where):
-    y, m, excess = _forward(axis, axis_name, x, where)
-    return y, (x, where, m, excess)
+    y, *row = _forward(axis, axis_name, x, where)
+    return y, (x, where, *checkpoint_name(row, "log_softmax"))
 
 
 def _bwd(axis, axis_name, residuals, y_bar):

@@ -25,6 +25,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -164,8 +165,8 @@ def _forward(axis, axis_name, a, where):  # (1)
 
 
 def _fwd(axis, axis_name, a, where):
-    lse, m, excess = _forward(axis, axis_name, a, where)
-    return lse, (a, where, m, excess)
+    lse, *row = _forward(axis, axis_name, a, where)
+    return lse, (a, where, *checkpoint_name(row, "logsumexp"))
 
 
 def _share(residuals):  # (2)
@@ -208,8 +209,8 @@ def _scaled_forward(axis, axis_name, a, b, where):  # (3)
 
 
 def _scaled_fwd(axis, axis_name, a, b, where):
-    out, m, r = _scaled_forward(axis, axis_name, a, b, where)
-    return out, (a, b, where, m, r)
+    out, *row = _scaled_forward(axis, axis_name, a, b, where)
+    return out, (a, b, where, *checkpoint_name(row, "logsumexp"))
 
 
 def _scaled_share(residuals):  # (5)

@@ -19,7 +19,7 @@ Let l̄, L̄, H̄ be the cotangents of loss, lse and entropy, and a = l̄ s + L�
     t̄_i    = l̄ ((1 - ε)(-d_i) + ε/v Σ (-d_k) + log S)                                    (8)
 
 In (6) p_i nearly 1 against q_i nearly s cancels. p_i - 1 = (e_i - 1 - excess) / S, e = exp d, does
-not, so there a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)                       (9)
+not, so above p_i = 1/2 a p_i - l̄ q_i is taken as a (p_i - 1) + (a - l̄ q_i)             (9)
 
 A row may come in parts, tiles or shards of the vocabulary: ``Part`` holds the sums of one relative
 to its own maximum, ``merge`` and ``merge_shards`` add them. Sums keep their axis.
@@ -213,7 +213,7 @@ def gradient(
         z_bar = jnp.where(t, a_less_ap + (a - kept), ap)
     else:
         kept = kept * numerics.masked(numerics.widen(t), where, 0)
-        z_bar = jnp.where(e > 0.5, a_less_ap + (a - kept), ap - kept)  # (9)
+        z_bar = jnp.where(e > (1 + part.excess) / 2, a_less_ap + (a - kept), ap - kept)  # (9)
     if rule.label_smoothing is not None:
         mass = 1 if part.mass is None else part.mass
         z_bar -= l_bar * rule.label_smoothing * numerics.safe_divide(mass, part.count)

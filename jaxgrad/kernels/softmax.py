@@ -28,6 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -179,7 +180,7 @@ def _share(x, m, s):
 
 
 def _fwd(axis, axis_name, x, where):
-    y, m, s = _forward(axis, axis_name, x, where)
+    y, m, s = checkpoint_name(_forward(axis, axis_name, x, where), "softmax")
     return y, ((y,) if numerics.is_wide(x) else (x, m, s), where)
 
 
@@ -216,22 +217,16 @@ _softmax.defvjp(_fwd, _bwd)
 
 def _jvp(axis, _, residuals, x_dot, __):  # (5)
     kept, where = residuals
-    x_dot = numerics.masked(x_dot, where, 0)
 
-    def u_and_y():
-        (x_dot_,) = numerics.apart(x_dot)
+    def y():
         if numerics.is_wide(x_dot):
-            return kept[0] * x_dot_, kept[0]
+            return kept[0]
         x, m, s = numerics.apart(*kept)
-        y = _share(numerics.masked(x, where), m, s)
-        return y * numerics.widen(x_dot_), y
+        return _share(numerics.masked(x, where), m, s)
 
-    u, _ = u_and_y()
-    total_u = u.sum(axis, keepdims=True)
-    u, y = u_and_y()
-    total_t = (u - y * total_u).sum(axis, keepdims=True)
-    u, y = u_and_y()
-    return numerics.narrow(u - y * total_u - y * total_t, like=x_dot)
+    u = y() * numerics.widen(numerics.masked(x_dot, where, 0))
+    t = u - y() * u.sum(axis, keepdims=True)
+    return numerics.narrow(t - y() * t.sum(axis, keepdims=True), like=x_dot)
 
 
 _softmax_twin = modes.custom_jvp(_fwd, _jvp, static=2)

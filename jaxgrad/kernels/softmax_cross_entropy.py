@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -121,7 +122,8 @@ def _dense_forward(axis, axis_name, x, t, where, rule):
 
 def _dense_fwd(axis, axis_name, x, t, where, rule):
     loss, part = _dense_forward(axis, axis_name, x, t, where, rule)
-    return loss, (x, t, where, rule, kept(rule, part))
+    part = checkpoint_name(kept(rule, part), "softmax_cross_entropy")
+    return loss, (x, t, where, rule, part)
 
 
 def _dense_bwd(axis, axis_name, residuals, loss_bar):

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
@@ -20,6 +21,8 @@ from jaxgrad.kernels import row_rule, row_tangent
 from jaxgrad.kernels.loss_options import as_scalars, kept, lifted, make_rule, to_options
 from jaxgrad.kernels.row_rule import Rule
 from jaxgrad.modes import Mode
+
+OF = "softmax_cross_entropy_with_integer_labels"
 
 
 @modes.public
@@ -79,26 +82,24 @@ def softmax_cross_entropy_with_integer_labels(
     Source:
       As :func:`softmax_cross_entropy`, its twin for a distribution of labels.
     """
-    of = "softmax_cross_entropy_with_integer_labels"
-    rule = make_rule(of, label_smoothing, z_loss, temperature, logit_soft_cap)
+    rule = make_rule(OF, label_smoothing, z_loss, temperature, logit_soft_cap)
     if ignore_index is not None:
-        ignore_index = numerics.as_index(ignore_index, of, "ignore_index")
+        ignore_index = numerics.as_index(ignore_index, OF, "ignore_index")
     static = (numerics.as_static(axis), ignore_index, axis_name)
     return _integer_jit(mode, logits, labels, where, rule, *static)
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "axis", "ignore_index", "axis_name"))
 def _integer_jit(mode, logits, labels, where, rule, axis, ignore_index, axis_name):
-    of = "softmax_cross_entropy_with_integer_labels"
-    x = numerics.as_float(logits, of, "logits")
-    labels = numerics.as_labels(labels, of)
-    axes = numerics.as_axes(axis, x, of, "logits")
-    where = numerics.as_row_mask(where, x, axes, of, "logits")
+    x = numerics.as_float(logits, OF, "logits")
+    labels = numerics.as_labels(labels, OF)
+    axes = numerics.as_axes(axis, x, OF, "logits")
+    where = numerics.as_row_mask(where, x, axes, OF, "logits")
     rows = tuple(n for a, n in enumerate(x.shape) if a not in axes)
     sizes = zip(labels.shape, rows, strict=False)
     if labels.ndim != len(rows) or any(size not in (1, row) for size, row in sizes):
         raise ValueError(
-            f"{of}: labels must be int{list(rows)} for logits of "
+            f"{OF}: labels must be int{list(rows)} for logits of "
             f"{numerics.describe(x)} and axis {axis}, got {numerics.describe(labels)}"
         )
     if len(axes) != 1:
@@ -108,8 +109,8 @@ def _integer_jit(mode, logits, labels, where, rule, axis, ignore_index, axis_nam
         x, axes = x.transpose(order).reshape(*rows, -1), (len(rows),)
     (along,) = axes
     labels = jnp.expand_dims(jnp.broadcast_to(labels, rows), along)
-    sharding.check(of, axis_name, cut={"logits": x}, whole={"labels": labels})
-    rule = as_scalars(rule, numerics.widen(x).dtype, of)
+    sharding.check(OF, axis_name, cut={"logits": x}, whole={"labels": labels})
+    rule = as_scalars(rule, numerics.widen(x).dtype, OF)
     integer = modes.of(mode, _integer, _integer_twin, axis_name)
     arrays = lifted((x, labels, where, rule), axis_name)
     return integer(along, ignore_index, axis_name, *arrays).squeeze(along)
@@ -170,7 +171,8 @@ def _hit(x, index, axis):
 
 def _integer_fwd(axis, ignore_index, axis_name, x, labels, where, rule):
     loss, part = _integer_forward(axis, ignore_index, axis_name, x, labels, where, rule)
-    return loss, (x, labels, where, rule, kept(rule, part))
+    part = checkpoint_name(kept(rule, part), OF)
+    return loss, (x, labels, where, rule, part)
 
 
 def _integer_bwd(axis, ignore_index, axis_name, residuals, loss_bar):

@@ -144,3 +144,13 @@ def test_the_forward_of_bfloat16_holds_no_array_of_float32():
     for function in (integer_loss, jax.grad(lambda x, labels: integer_loss(x, labels).sum())):
         memory = jax.jit(function).lower(x, labels).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 0.1 * 4 * 64 * 4096
+
+
+def test_the_gradient_of_many_classes_keeps_its_digits(rng):
+    """The largest of many probabilities is small: 1 must not be taken off it and put back."""
+    logits, labels = 3 * jax.random.normal(rng, (2, 8, 4096))
+    labels = jax.nn.softmax(labels / 3)
+    found = jax.jit(jax.grad(lambda x: softmax_cross_entropy(x, labels).sum()))(logits)
+    x, t = np.asarray(logits, float), np.asarray(labels, float)
+    expected = t.sum(-1, keepdims=True) * oracles.softmax(x) - t
+    assert oracles.error(found, expected, axis=-1) < 4

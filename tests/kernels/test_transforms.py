@@ -209,6 +209,18 @@ def test_remat(kernel):
 
 
 @every_rule
+def test_remat_by_name(kernel):
+    """A policy that names a kernel keeps what its rule would keep without a checkpoint."""
+    function, primals = split(kernel)
+    policy = jax.checkpoint_policies.save_only_these_names(kernel.name)
+
+    def kept(function):
+        return sum(z.nbytes for z in jax.tree.leaves(jax.vjp(function, *primals)[1]))
+
+    assert kept(jax.checkpoint(function, policy=policy)) == kept(function)
+
+
+@every_rule
 def test_export(kernel):
     function, primals, expected = reference(kernel)
     exported = jax.export.export(jax.jit(function))(*primals)

@@ -1,0 +1,49 @@
+"""The products of attention for one tile, and its logits."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgrad import numerics
+from jaxgrad.kernels.attention_tiles import Band, Masks, Tile
+
+
+def logits(
+    band: Band, q: Array, k: Array, terms: Any, masks: Masks, tile: Tile
+) -> tuple[Array, Array | None]:
+    """z of (1) in ``attention.py``, -inf where hidden, and u of (4)."""
+    # A 16-bit q is scaled afterwards: the product would be rounded.
+    z = dot_heads(q * terms.scale, k) if numerics.is_wide(q) else dot_heads(q, k) * terms.scale
+    # With nothing in between, product and z - m may be contracted into a multiply-add, whose z is
+    # not the one that m was taken from.
+    z = jnp.maximum(z, jnp.finfo(z.dtype).min)
+    u = None
+    if terms.cap is not None:
+        u = z / terms.cap
+        z = terms.cap * jnp.tanh(u)
+    if terms.bias is not None:
+        z += tile.cut(terms.bias).astype(z.dtype)
+    return numerics.masked(z, tile.visible(band, masks)), u
+
+
+def dot_heads(a: Array, b: Array) -> Array:
+    """Σ over the head size: rows by keys."""
+    return _product(a, b[:, :, 0], (4,), (3,))
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Σ over the keys."""
+    return _product(a, b[:, :, 0], (4,), (2,))
+
+
+def dot_rows(a: Array, b: Array) -> Array:
+    """Σ over the queries, those of all heads of a group."""
+    # As bᵀ a, transposed: XLA's CPU would transpose a, the larger, to compute aᵀ b.
+    return _product(b, a, (2, 3), (2, 3)).mT[:, :, None]
+
+
+def _product(a, b, over_a, over_b):
+    return lax.dot_general(
+        a, b, ((over_a, over_b), ((0, 1), (0, 1))), preferred_element_type=numerics.widen(a).dtype
+    )
