@@ -40,6 +40,9 @@ examples:
   python -m jaxgrad train
   python -m jaxgrad train --steps 5000 --dim 256
   python -m jaxgrad train --text book.txt --out book --dtype bfloat16
+  python -m jaxgrad train --mesh data=2,model=4
+  for i in 0 1; do python -m jaxgrad train --mesh data=2,model=4 \
+    --coordinator localhost:1234 --processes 2 --process $i & done; wait
 
 Ctrl-C ends the training early; the report holds what there is.
 exit code: 0, 2 if the text or the output folder cannot be used, 130 after Ctrl-C"""
@@ -155,6 +158,29 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where report.json and curves.png go (%(default)s)",
     )
+    train.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="data=N,model=N",
+        help="devices to cut the batch and the model over; a CPU counts as many as are asked for",
+    )
+    train.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where the processes of a mesh meet"
+    )
+    train.add_argument(
+        "--processes",
+        type=_at_least(1),
+        default=default.processes,
+        metavar="N",
+        help="how many they are (%(default)s)",
+    )
+    train.add_argument(
+        "--process",
+        type=_at_least(0),
+        default=default.process,
+        metavar="I",
+        help="which of them this is (%(default)s)",
+    )
     train.set_defaults(run=_train)
 
     bench = _parser(
@@ -229,11 +255,21 @@ def _check(arguments: argparse.Namespace) -> int:
     return check(kernels=arguments.kernels or None, dtypes=arguments.dtypes, json=arguments.json)
 
 
+def _mesh(text: str) -> str:
+    from jaxgrad.demo import layout
+
+    layout.sizes(text)
+    return text
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    from jaxgrad.demo import layout
     from jaxgrad.demo.train import train
 
     fields = (field.name for field in dataclasses.fields(Options))
-    return train(Options(**{name: getattr(arguments, name) for name in fields}))
+    options = Options(**{name: getattr(arguments, name) for name in fields})
+    layout.start(options)
+    return train(options)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -19,3 +19,7 @@ class Options:
     dtype: str = "float32"
     text: Path | None = None
     out: Path = Path("jaxgrad-train")
+    mesh: str | None = None
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxgrad.demo import model, report, rules, text
+from jaxgrad.demo.layout import Layout
 from jaxgrad.demo.model import Params, Rules
 from jaxgrad.demo.optimiser import Optimiser, adamw, warm_up_and_decay
 from jaxgrad.demo.options import Options
@@ -35,29 +36,35 @@ class Run:
         optimiser: Optimiser,
         windows: np.ndarray,
         dtype: str,
+        layout: Layout,
     ):
         """Compiles one update on batches like ``windows``."""
 
-        def loss(params, windows):
+        def loss(rules, params, windows):
             return model.loss(cast(params, dtype), windows, rules)
 
         def step(params, state, windows):
-            value, grads = jax.value_and_grad(loss)(params, windows)
+            on_mesh = functools.partial(loss, layout.rules(rules))
+            value, grads = jax.value_and_grad(on_mesh)(params, windows)
             return optimiser.update(grads, state, params), value
 
         self.name = name
-        self.params, self.state = params, optimiser.init(params)
+        self.params, self.state = params, layout.state(optimiser.init(params))
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.perplexity: float | None = None
         self.generated: list[int] = []
-        self._loss = jax.jit(loss)
+        self._loss = jax.jit(functools.partial(loss, rules))
+        self._layout = layout
         self._continuation = jax.jit(
             functools.partial(model.continuation, count=GENERATED_WORDS, rules=rules)
         )
         self._dtype = dtype
         start = time.perf_counter()
-        self._step = jax.jit(step).lower(self.params, self.state, windows).compile()
+        kept = layout.shardings((self.params, self.state))
+        stepped = jax.jit(step, out_shardings=kept and (kept, None))
+        windows = layout.windows(windows)
+        self._step = stepped.lower(self.params, self.state, windows).compile()
         self.compile_seconds = time.perf_counter() - start
         memory = self._step.memory_analysis()
         self.temp_bytes = memory.temp_size_in_bytes if memory else None
@@ -65,7 +72,7 @@ class Run:
     def step(self, windows: np.ndarray):
         """One update, computed but not yet made: what :meth:`make` takes."""
         start = time.perf_counter()
-        updated, loss = self._step(self.params, self.state, windows)
+        updated, loss = self._step(self.params, self.state, self._layout.windows(windows))
         return updated, float(loss), time.perf_counter() - start
 
     def make(self, updated, loss: float, seconds: float) -> None:
@@ -101,13 +108,14 @@ def train(options: Options, on_step: Callable[[int], object] = lambda done: None
       InvalidInput: The text cannot be used, or the report cannot be written.
     """
     start = time.perf_counter()
+    layout = Layout(options)
     corpus = text.load(options.text)
     report.check_writable(options.out)
     sizes = model.Sizes(
         len(corpus.vocabulary), min(options.context, len(corpus.held_out) - 1), options.dim
     )
     rng = np.random.default_rng(options.seed)
-    params = model.init(rng, sizes)
+    params = layout.params(model.init(rng, sizes))
     optimiser = adamw(warm_up_and_decay(LEARNING_RATE, options.steps))
     draw = functools.partial(text.windows, rng, corpus.train, options.batch, sizes.context)
     held_out = list(
@@ -119,7 +127,7 @@ def train(options: Options, on_step: Callable[[int], object] = lambda done: None
     print(report.header(options, corpus, sizes, params, optimiser.name), flush=True)
     print("compiling one step of each", file=sys.stderr)
     runs = [
-        Run(name, which, params, optimiser, draw(), options.dtype)
+        Run(name, which, params, optimiser, draw(), options.dtype, layout)
         for name, which in (("jaxgrad", rules.JAXGRAD), ("plain JAX", rules.PLAIN))
     ]
 
@@ -153,6 +161,8 @@ def train(options: Options, on_step: Callable[[int], object] = lambda done: None
     if not runs[0].losses:
         raise KeyboardInterrupt
     interrupted |= _in_turn(evaluate, generate)
+    if jax.process_index() != 0:  # one report of all processes
+        return 130 if interrupted else 0
     try:
         save()
     except KeyboardInterrupt:  # a matter of milliseconds: it is done all the same

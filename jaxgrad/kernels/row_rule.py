@@ -213,8 +213,7 @@ def gradient(
         z_bar = jnp.where(t, a_less_ap + (a - kept), ap)
     else:
         kept = kept * numerics.masked(numerics.widen(t), where, 0)
-        half = (1 + part.excess) / 2
-        z_bar = jnp.where(e > half, a_less_ap + (a - kept), ap - kept)  # (9)
+        z_bar = jnp.where(e > (1 + part.excess) / 2, a_less_ap + (a - kept), ap - kept)  # (9)
     if rule.label_smoothing is not None:
         mass = 1 if part.mass is None else part.mass
         z_bar -= l_bar * rule.label_smoothing * numerics.safe_divide(mass, part.count)

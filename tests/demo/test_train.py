@@ -65,6 +65,10 @@ def test_report_says_everything(finished):
         "dtype": "float32",
         "text": str(folder / "story.txt"),
         "out": str(folder / "out"),
+        "mesh": None,
+        "coordinator": None,
+        "processes": 1,
+        "process": 0,
     }
     assert document["model"] == {"vocabulary": 19, "context": 8, "dim": 16, "heads": 1}
     assert document["text"]["train_tokens"] > document["text"]["held_out_tokens"] > 0
