@@ -15,7 +15,8 @@ integer_loss = jaxgrad.softmax_cross_entropy_with_integer_labels
 
 def test_hessian_by_the_logits(x64):
     z, v = jnp.asarray(normal((2, 3, 4)))
-    labels, where = jnp.array([0, 2, 3]), jnp.array([True, False, True, True])
+    labels = jnp.array([[0, 2, 3], [3, 0, 0]])
+    where = jnp.broadcast_to(jnp.array([True, False, True, True]), z.shape)
     slope = jax.grad(lambda z: integer_loss(z, labels, where=where).sum())
     expected = jax.jvp(slope, (z,), (v,))[1]
     assert_allclose(softmax_cross_entropy_hvp(z, v, where=where), expected, rtol=1e-12, atol=1e-15)
