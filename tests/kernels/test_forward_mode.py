@@ -89,9 +89,9 @@ def test_every_name_has_its_twin(name):
     default, other = getattr(jaxgrad, name), getattr(forward_mode, name)
     assert other.__name__ == name
     assert inspect.signature(other) == inspect.signature(default)
-    assert pickle.loads(pickle.dumps(other)) is other
     assert forward_mode.__all__ == jaxgrad.__all__
     if other is not default:
+        assert pickle.loads(pickle.dumps(other)) is other
         assert f"jaxgrad.{name}" in other.__doc__
         assert "jaxgrad.forward_mode" in default.__doc__
 
