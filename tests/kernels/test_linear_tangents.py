@@ -89,8 +89,8 @@ def test_derivatives_of_both_orders(make, reduction, x64, standard_promotion, un
     def run():
         twin = functools.partial(fused, forward_mode.linear_softmax_cross_entropy)
         default = functools.partial(fused, jaxgrad.linear_softmax_cross_entropy)
-        orders = ("", "f", "r", "ff", "fr", "rf", "rr") if reduction else ("f", "r", "fr")
-        true = [derivative(plain, "f" * order) for order in range(3)]
+        orders = ("", "f", "r", "ff", "fr", "rf", "rr") if reduction else ("f", "r")
+        true = [derivative(plain, "f" * order) for order in range(len(orders[-1]) + 1)]
         expected = {modes: true[len(modes)] for modes in orders}
         return {m: derivative(twin, m) for m in orders}, expected, derivative(default, "r")
 
