@@ -14,7 +14,6 @@ for. Where z is linear in θ the second term is 0. The gradient of the loss is J
 derivative of it along θ̇, with Jᵀ held constant, is the Gauss-Newton matrix times θ̇.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -123,8 +122,8 @@ def linear_softmax_cross_entropy_gnvp(
 
     def loss(*primals):
         x, w, *bias = primals
-        head = functools.partial(modes.gauss_newton(linear_softmax_cross_entropy), x, w, labels)
-        return head(*(bias or [None]), where, reduction=reduction, **options)
+        head: Any = modes.gauss_newton(linear_softmax_cross_entropy)
+        return head(x, w, labels, *(bias or [None]), where, reduction=reduction, **options)
 
     def gradient(*of_moving):
         given = dict(zip(moving, of_moving, strict=True))

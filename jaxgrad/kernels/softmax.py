@@ -95,7 +95,9 @@ def softmax_vjp(y: ArrayLike, y_bar: ArrayLike, axis: Axis = -1) -> Array:
 
     .. math:: \bar x = y \odot (\bar y - \langle \bar y, y \rangle)
 
-    The Jacobian is symmetric, so the same product pushes a tangent forward.
+    The Jacobian is symmetric, so the same product pushes a tangent forward. Differentiated by
+    ``y``, the product is right along directions that leave the sum of a row as it is, for it
+    rests on that sum being 1.
 
     Args:
       y: Output of :func:`softmax`, ``float[..., n, ...]``: every row sums to one, or is 0.

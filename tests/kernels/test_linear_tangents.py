@@ -1,0 +1,164 @@
+"""The fused head in forward mode: the plain formula's derivatives, without the logits."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formulas import PLAIN
+from numpy.testing import assert_allclose
+
+import jaxgrad
+from jaxgrad import SparseLabels, forward_mode
+from jaxgrad.curvature import linear_softmax_cross_entropy_gnvp
+
+T, D, V = 5, 3, 10
+RULE = {"label_smoothing": 0.1, "z_loss": 0.01, "temperature": 0.7, "logit_soft_cap": 5.0}
+close = functools.partial(
+    jax.tree.map, functools.partial(assert_allclose, rtol=1e-10, atol=1e-10, strict=True)
+)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def dense(labels):
+    """The targets that labels stand for."""
+    if isinstance(labels, SparseLabels):
+        return (jax.nn.one_hot(labels.indices, V) * labels.probs[..., None]).sum(1)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jax.nn.one_hot(labels, V)
+    return labels
+
+
+def cases():
+    """Labels made of numbers that are differentiated, or not; and a reduction."""
+    indices = jnp.array([[0, 1], [2, 9], [3, 3], [8, 4], [5, 6]])
+    yield "integer, mean", lambda s: jnp.array([1, 9, -100, 0, 4]), "mean"
+    yield "dense, sum", lambda s: jax.nn.softmax(normal(T, V, seed=1) + s), "sum"
+    yield "sparse", lambda s: SparseLabels(indices, 1 + normal(T, 2, seed=2) ** 2 + s), None
+
+
+@pytest.mark.parametrize("make, reduction", [c[1:] for c in cases()], ids=[c[0] for c in cases()])
+def test_derivatives_of_both_orders(make, reduction, x64, standard_promotion, unoptimised):
+    """Of everything along one line, losses and aux; and the gradient as the rule gives it."""
+    x, w, bias, weights = normal(T, D), normal(D, V), normal(V), normal(T, seed=3) ** 2
+    where = jnp.arange(V) != 7
+
+    def arguments(s):
+        rule = {name: value * (1 + s) for name, value in RULE.items()}
+        line = [z + s * normal(*z.shape, seed=4) for z in (x, w, bias, weights)]
+        return *line, make(s), rule
+
+    def fused(function, s):
+        x, w, bias, weights, labels, rule = arguments(s)
+        ignored = (
+            {}
+            if jnp.issubdtype(jax.tree.leaves(labels)[-1].dtype, float)
+            else {"ignore_index": -100}
+        )
+        rule |= {"weights": weights, "reduction": reduction, "chunk_size": (T, 4)}
+        if reduction is not None:
+            return function(x, w, labels, bias, where, **rule, **ignored)
+        loss, aux = function(x, w, labels, bias, where, **rule, **ignored, return_aux=True)
+        return loss.sum() + jnp.sin(aux.lse).sum() + jnp.cos(aux.entropy).sum()
+
+    def plain(s):
+        x, w, bias, weights, labels, rule = arguments(s)
+        t = dense(labels)
+        losses = weights * PLAIN["softmax_cross_entropy"](x @ w + bias, t, where, **rule)
+        kept = t.any(-1) if jnp.issubdtype(jax.tree.leaves(labels)[0].dtype, int) else weights > -1
+        if reduction is not None:
+            total = jnp.where(kept, losses, 0).sum()
+            return total / (jnp.where(kept, weights, 0).sum() if reduction == "mean" else 1)
+        z = rule["logit_soft_cap"] * jnp.tanh((x @ w + bias) / rule["logit_soft_cap"])
+        z = jnp.where(where, z / rule["temperature"], -1e4)
+        p, lse = jax.nn.softmax(z), jax.nn.logsumexp(z, -1)
+        entropy = lse - (p * z).sum(-1)
+        return losses.sum() + jnp.sin(lse).sum() + jnp.cos(entropy).sum()
+
+    def derivative(f, modes):
+        for mode in modes:
+            f = {"f": jax.jacfwd, "r": jax.jacrev}[mode](f)
+        return f(jnp.zeros(()))
+
+    @jax.jit
+    def run():
+        twin = functools.partial(fused, forward_mode.linear_softmax_cross_entropy)
+        default = functools.partial(fused, jaxgrad.linear_softmax_cross_entropy)
+        orders = ("", "f", "r", "ff", "fr", "rf", "rr") if reduction else ("f", "r")
+        true = [derivative(plain, "f" * order) for order in range(len(orders[-1]) + 1)]
+        expected = {modes: true[len(modes)] for modes in orders}
+        return {m: derivative(twin, m) for m in orders}, expected, derivative(default, "r")
+
+    found, expected, by_rule = run()
+    close(found, expected)
+    assert_allclose(found["r"], by_rule, rtol=1e-12)
+
+
+def test_log_probs_and_an_unknown_label(unoptimised):
+    x, w = normal(3, D).astype("float32"), normal(D, V).astype("float32")
+    labels = jnp.array([0, V, 2])
+
+    def f(x, w):
+        log_p, entropy = forward_mode.linear_log_probs(x, w, labels, return_entropy=True)
+        return log_p, entropy
+
+    (log_p, _), (log_p_dot, entropy_dot) = jax.jvp(f, (x, w), (x, w))
+    z = x @ w
+    z_dot = 2 * z
+    p = jax.nn.softmax(z)
+    mean = (p * z_dot).sum(-1)
+    rows = np.array([0, 2])
+    assert_allclose(log_p_dot[rows], (z_dot[rows, rows] - mean[rows]), rtol=1e-4, atol=1e-5)
+    slope = -(p * (jax.nn.log_softmax(z) * (z_dot - mean[:, None]))).sum(-1)
+    assert_allclose(entropy_dot, slope, rtol=1e-4, atol=1e-5)
+    assert np.isnan([log_p[1], log_p_dot[1]]).all()
+    x_bar, w_bar = jax.grad(lambda *z: f(*z)[0].sum(), (0, 1))(x, w)
+    assert np.isnan(x_bar[1]).all()
+    assert np.isfinite(x_bar[rows]).all()
+    assert np.isfinite(w_bar).all()
+
+
+def test_products_hold_two_tiles_where_the_gradient_holds_one():
+    """Read from the compiled program: nothing of tokens × classes in it, and its temporaries."""
+    t, d, v = 1024, 256, 32768
+    x, w = jax.ShapeDtypeStruct((t, d), "float32"), jax.ShapeDtypeStruct((d, v), "float32")
+    labels = jax.ShapeDtypeStruct((t,), "int32")
+
+    def loss(x, w, labels):
+        head = forward_mode.linear_softmax_cross_entropy
+        return head(x, w, labels, reduction="mean")
+
+    def jvp(x, w, labels, x_dot, w_dot):
+        return jax.jvp(lambda x, w: loss(x, w, labels), (x, w), (x_dot, w_dot))
+
+    def hvp(x, w, labels, x_dot, w_dot):
+        slope = jax.grad(loss, (0, 1))
+        return jax.jvp(lambda x, w: slope(x, w, labels), (x, w), (x_dot, w_dot))[1]
+
+    def gnvp(x, w, labels, x_dot, w_dot):
+        return linear_softmax_cross_entropy_gnvp((x, w), (x_dot, w_dot), labels)
+
+    def read(f, *args):
+        compiled = jax.jit(f).lower(*args).compile()
+        program = compiled.as_text()
+        assert not re.search(rf"\[{t},{v}\]|\[{v},{t}\]", program)
+        return compiled.memory_analysis().temp_size_in_bytes, len(re.findall(r" dot\(", program))
+
+    def gradient(x, w, labels):
+        return jax.grad(
+            functools.partial(jaxgrad.linear_softmax_cross_entropy, reduction="mean"), (0, 1)
+        )(x, w, labels)
+
+    allowed, _ = read(gradient, x, w, labels)
+    temp, _ = read(jax.grad(loss, (0, 1)), x, w, labels)
+    assert temp <= 1.1 * allowed
+    for product in jvp, hvp, gnvp:
+        temp, products = read(product, x, w, labels, x, w)
+        assert temp <= 2 * allowed + 16 * t, product  # and a few numbers a token
+        if jax.default_backend() == "cpu":
+            assert products == {jvp: 3, hvp: 7, gnvp: 5}[product]
