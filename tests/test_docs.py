@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import jaxgrad
+import jaxgrad.parallel
 
 ROOT = Path(__file__).parents[1]
 COMING_FROM = (ROOT / "notebooks" / "coming_from.md").read_text(encoding="utf-8")
@@ -34,8 +35,9 @@ def site(tmp_path_factory):
 
 def test_every_public_function_has_its_place(site):
     page = (site / "api.html").read_text(encoding="utf-8")
-    for name in jaxgrad.__all__:
-        assert f'id="jaxgrad.{name}"' in page
+    for module in jaxgrad, jaxgrad.parallel:
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in page
 
 
 def test_notebooks_are_the_tutorials(site):
