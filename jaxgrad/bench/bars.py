@@ -63,6 +63,10 @@ def _long(shape: Shape) -> bool:
     return shape[1] >= 2048
 
 
+def _wide(shape: Shape) -> bool:
+    return shape[2] >= 2**15
+
+
 def _gradients(*kernels: str) -> tuple[tuple[str, str, str], ...]:
     return tuple((kernel, "", "gradient") for kernel in kernels)
 
@@ -82,11 +86,11 @@ _SPEED = (
     _Speed(((*_CAPPED, "forward"),), _F32, "optax", 2.5, _large),
     _Speed(((*_CAPPED, "gradient"),), _F32, "optax", 1.1, _large),
     _Speed((("softmax", NOT_JITTED, "forward"),), _F32 + _BF16, "jax.jit", 1 / 1.2),
-    _Speed(_FUSED, _F32, PLAIN_HEAD, 1.15, lambda shape: shape[1] == 256),
+    _Speed(_FUSED, _F32, PLAIN_HEAD, 1.15, lambda shape: shape[1] == 256 and _wide(shape)),
     _Speed(_FUSED, _F32, PLAIN_HEAD, 1.0, lambda shape: shape[1] == 768),
-    _Speed(_FUSED, _BF16, PLAIN_HEAD, 1.5),
-    _Speed(_FUSED, _F32, "jax-cce", 1.25),
-    _Speed(_FUSED, _BF16, "jax-cce", 1.8),
+    _Speed(_FUSED, _BF16, PLAIN_HEAD, 1.5, _wide),
+    _Speed(_FUSED, _F32, "jax-cce", 1.25, _wide),
+    _Speed(_FUSED, _BF16, "jax-cce", 1.8, _wide),
     _Speed(((FUSED, LOW_MEMORY, "gradient"),), _F32, PLAIN_HEAD, 0.8, lambda shape: shape[2] > 1e5),
     _Speed(((_ATTENTION, "", "forward"),), _F32 + _BF16, "jax.nn", 3.0, _long),
     _Speed(((_ATTENTION, "", "gradient"),), _F32 + _BF16, "jax.nn", 2.0, _long),

@@ -41,8 +41,7 @@ def uncached():
 
 def test_every_function_is_raced():
     functions = {name for name in jaxgrad.__all__ if not isinstance(getattr(jaxgrad, name), type)}
-    of_a_mesh = {"ring_attention", "sharded"}  # one device has nothing to tell about them
-    assert {subject.kernel for subject in SUBJECTS.values()} == functions - of_a_mesh
+    assert {subject.kernel for subject in SUBJECTS.values()} == functions
     assert len(SUBJECTS) == len(subjects.subjects())
 
 
