@@ -7,6 +7,7 @@ differential equations, forward over forward.
 """
 
 import jax as jax
+import jax.numpy as jnp  # noqa: F401, the examples of the functions use both
 
 from jaxgrad import modes
 from jaxgrad.kernels import attention as _attention

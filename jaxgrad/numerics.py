@@ -238,11 +238,10 @@ def inverse_sum(excess: Array) -> Array:
 
 def merge(m_a: Array, excess_a: Array, m_b: Array, excess_b: Array) -> tuple[Array, Array]:
     """(m, excess) of two parts of a row taken together, by (4)."""
-    a_leads = m_a >= m_b
-    m = jnp.maximum(m_a, m_b)
-    high = jnp.where(a_leads, excess_a, excess_b)
-    low = jnp.where(a_leads, excess_b, excess_a)
-    gap = jnp.where(m == jnp.minimum(m_a, m_b), 0, jnp.minimum(m_a, m_b) - m)
+    a_leads = m_a >= m_b  # chosen, not the maximum: its derivative at a tie would be of neither
+    m, m_low = jnp.where(a_leads, m_a, m_b), jnp.where(a_leads, m_b, m_a)
+    high, low = jnp.where(a_leads, excess_a, excess_b), jnp.where(a_leads, excess_b, excess_a)
+    gap = jnp.where((m == m_low) & ~jnp.isfinite(m), 0, m_low - m)
     return m, high + (1 + low) * jnp.exp(gap)
 
 

@@ -57,9 +57,9 @@ def test_what_is_exported_is_documented(name):
     exported = getattr(jaxgrad, name)
     assert exported.__name__ == name
     if not isinstance(exported, type):
-        arguments = [f"\n      {argument}: " for argument in inspect.signature(exported).parameters]
+        arguments = [f"\n  {argument}: " for argument in inspect.signature(exported).parameters]
         for part in ("Args:", *arguments, "Returns:", "Example:", ">>> "):
-            assert part in exported.__doc__
+            assert part in inspect.getdoc(exported)
 
 
 def test_wheel_holds_the_package_alone(tmp_path):

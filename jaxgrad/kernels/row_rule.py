@@ -122,7 +122,7 @@ def measure(
 
 def merge(rule: Rule, a: Part, b: Part) -> Part:
     """The sums over two sets of classes of a row; where there is a ``gap``, with its ``mass``."""
-    top = jnp.maximum(a.top, b.top)
+    top = jnp.where(a.top >= b.top, a.top, b.top)  # with the derivative of the part that leads
     (z_a, a), (z_b, b) = _raised(rule, a, top), _raised(rule, b, top)
     _, excess = numerics.merge(z_a, a.excess, z_b, b.excess)
     sums = (None if j is None or k is None else j + k for j, k in zip(a[2:], b[2:], strict=True))

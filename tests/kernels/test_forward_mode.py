@@ -97,7 +97,7 @@ def test_every_name_has_its_twin(name):
 
 
 @every_kernel
-def test_derivatives_of_every_mode_and_order(kernel, x64):
+def test_derivatives_of_every_mode_and_order(kernel, x64, unoptimised):
     """Beside the plain formula, differentiated by JAX; first order beside the backward rule too."""
     function, primals = split(kernel, twin(kernel))
     default, _ = split(kernel, getattr(jaxgrad, kernel.name))
@@ -128,7 +128,7 @@ def test_derivatives_of_every_mode_and_order(kernel, x64):
 
 
 @every_rule
-def test_under_transformations(kernel, x64):
+def test_under_transformations(kernel, x64, unoptimised):
     """vmap, linearize, scan, remat, cond and shard_map of a jvp, and a jvp of each of them."""
     function, primals = split(kernel, twin(kernel))
     v = tangents(primals)

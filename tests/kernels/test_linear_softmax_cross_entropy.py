@@ -275,6 +275,19 @@ def test_second_order_both_ways(labels, reduction, rng, x64):
     close(forward, expected, 1e-9, 1e-9)
 
 
+def test_second_order_where_tiles_tie(rng, x64):
+    """With w = 0 every tile has the same maximum, which moves with the logits of none of them."""
+    x, v = jax.random.normal(rng, (3, 4)), jax.random.normal(jax.random.key(1), (4, 7))
+    labels = jnp.array([1, 0, 6])
+
+    def product(loss):
+        return jax.jit(lambda w: jax.jvp(jax.grad(loss), (w,), (v,))[1])(jnp.zeros((4, 7)))
+
+    expected = product(lambda w: -jax.nn.log_softmax(x @ w)[jnp.arange(3), labels].mean())
+    found = product(lambda w: linear_softmax_cross_entropy(x, w, labels, chunk_size=(2, 3)).mean())
+    close(found, expected)
+
+
 REDUCTIONS = (None, "mean")
 
 
