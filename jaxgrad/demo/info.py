@@ -1,4 +1,4 @@
-"""What jaxgrad would run on: versions, devices, and what each kernel keeps for its backward."""
+"""What jaxgrad would run on: versions, devices, and how each kernel runs there."""
 
 import functools
 import platform
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 import jaxgrad
-from jaxgrad import machine
+from jaxgrad import backends, machine
 
 OPTIONAL = ("optax", "matplotlib", "rich", "mpmath")
 
@@ -53,9 +53,15 @@ def info() -> int:
         _row("device", f"none: {str(error).splitlines()[0]}")
         return 1
     print(f"\n{'kernel':44}{'runs as':10}kept for its backward")
+    reasons = {}
     for name in jaxgrad.__all__:
         if not isinstance(kernel := getattr(jaxgrad, name), type):
-            print(f"{name:44}{'xla':10}{', '.join(kept(kernel))}")
+            choice = backends.choose(name)
+            reasons.setdefault(choice, []).append(name)
+            print(f"{name:44}{choice.name:10}{', '.join(kept(kernel))}")
+    for choice, names in reasons.items():
+        few = ", ".join(names) if len(names) < 4 else f"{len(names)} kernels"
+        print(f"\n{choice.name}: {choice.reason} ({few})")
     return 0
 
 

@@ -33,7 +33,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import modes, numerics, sharding
+from jaxgrad import backends, modes, numerics, sharding
 from jaxgrad.kernels import attention_arguments as arguments
 from jaxgrad.kernels import attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
@@ -120,7 +120,7 @@ def dot_product_attention(
     See also:
       :func:`softmax_vjp`, the backward rule of one row.
     """
-    arguments.check_implementation(implementation)
+    backends.choose(arguments.OF, implementation)
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(

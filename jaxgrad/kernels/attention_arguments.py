@@ -23,12 +23,6 @@ class Sizes(NamedTuple):
     key_heads: int
 
 
-def check_implementation(implementation: Any) -> None:
-    """Raise unless ``implementation`` is the one there is."""
-    if implementation not in (None, "xla"):
-        raise ValueError(f"{OF}: implementation must be None or 'xla', got {implementation!r}")
-
-
 def band(local_window_size: Any, is_causal: bool) -> Band:
     """The keys that a query sees by its place alone."""
     size = local_window_size

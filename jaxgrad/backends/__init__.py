@@ -1,0 +1,73 @@
+"""Which implementation runs a kernel: decided here and nowhere else.
+
+================  ==================================================================================
+xla               plain JAX, for any device; alone in having every option and every derivative
+pallas_tpu        Pallas, for TPU
+pallas_interpret  the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
+================  ==================================================================================
+
+Nothing is chosen unasked that was not measured to be better on that device. What is asked for by
+name is what runs, or an error tells why it cannot: nothing else takes its place.
+"""
+
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+
+Implementation = Literal["xla", "pallas_tpu", "pallas_interpret"]
+
+# What each function has besides "xla".
+OTHERS: dict[str, tuple[Implementation, ...]] = {
+    "linear_softmax_cross_entropy": ("pallas_tpu", "pallas_interpret"),
+    "linear_log_probs": ("pallas_tpu", "pallas_interpret"),
+}
+
+
+class Choice(NamedTuple):
+    """What runs, and why."""
+
+    name: Implementation
+    reason: str
+
+
+def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> Choice:
+    """The implementation that runs a call.
+
+    Args:
+      of: The function, as errors name it.
+      implementation: What the caller asks for; None to choose.
+      obstacle: Why this call can run as ``"xla"`` alone, None if it is not so.
+
+    Raises:
+      ValueError: There is no such implementation of ``of``.
+      NotImplementedError: There is, and it cannot run this call here.
+    """
+    others = OTHERS.get(of, ())
+    if implementation is None:
+        return Choice("xla", _why_xla(others))
+    if not isinstance(implementation, str) or implementation not in ("xla", *others):
+        names = " or ".join(repr(name) for name in (None, "xla", *others))
+        raise ValueError(f"{of}: implementation must be {names}, got {implementation!r}")
+    if implementation == "pallas_tpu" and platform() != "tpu":
+        obstacle = f"needs a TPU, got {platform()}; 'pallas_interpret' runs it anywhere, slowly"
+    if implementation != "xla" and obstacle is not None:
+        raise NotImplementedError(f"{of}: implementation={implementation!r} {obstacle}")
+    return Choice(cast(Implementation, implementation), "asked for")
+
+
+def platform() -> str:
+    """What programs are traced for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+
+    It is the platform of the mesh in use, which a program that is compiled for an absent device has
+    to name (by ``jax.sharding.use_abstract_mesh``), else JAX's default.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+def _why_xla(others):
+    if not others:
+        return "there is no other"
+    if platform() != "tpu":
+        return f"no other runs on {platform()}"
+    return "no other was measured to be faster; implementation='pallas_tpu' tries one"
