@@ -60,6 +60,16 @@ A shape of two numbers is rows,classes; of three, tokens,features,classes of a f
 four, batch,length,heads,features of attention. Close what else is running: the table ends with
 how noisy the machine was.
 exit code: 0, 2 if an argument cannot be used, 130 after Ctrl-C"""
+AOT = """\
+Compiles the kernels for a chip that is not there, each beside the same in plain JAX, and tells what
+memory they take. Nothing runs, so nothing is told of time."""
+AOT_EXAMPLES = """\
+examples:
+  python -m jaxgrad aot --target v5e
+  python -m jaxgrad aot --target v6e linear_log_probs --shape 8192,2304,256000
+
+exit code: 0, 1 if a kernel does not compile, 2 if the compiler is not installed"""
+TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -92,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"jaxgrad {__version__}")
     top.set_defaults(run=_check_and_train)
-    commands = top.add_subparsers(title="commands", metavar="{check,train,bench,info}")
+    commands = top.add_subparsers(title="commands", metavar="{check,train,bench,aot,info}")
 
     check = _parser(
         commands.add_parser,
@@ -212,6 +222,20 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--compare", metavar="OLD.json", help="tell what changed since a run")
     bench.set_defaults(run=_bench)
 
+    aot = _parser(
+        commands.add_parser,
+        "aot",
+        epilog=AOT_EXAMPLES,
+        help="whether the kernels compile for a chip that is not there",
+        description=AOT,
+    )
+    aot.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to compile (all)")
+    aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
+    aot.add_argument(
+        "--shape", type=_shape, metavar="N,N,N", help="tokens,features,classes (4096,2048,131072)"
+    )
+    aot.set_defaults(run=_aot)
+
     info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
     info.set_defaults(run=_info)
     return top
@@ -277,6 +301,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     names = ("kernels", "dtypes", "shapes", "quick", "json", "plot", "compare")
     return bench(**{name: getattr(arguments, name) for name in names})
+
+
+def _aot(arguments: argparse.Namespace) -> int:
+    from jaxgrad.bench.aot import aot
+
+    return aot(arguments.target, arguments.kernels or None, arguments.shape)
 
 
 def _info(arguments: argparse.Namespace) -> int:

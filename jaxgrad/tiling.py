@@ -105,7 +105,9 @@ def fold_overlapping(
 
 
 def take(x: Array, start: Any, size: int, axis: int) -> Array:
-    """``size`` elements of ``x`` from ``start`` on."""
+    """``size`` elements of ``x`` from ``start`` on; ``x`` itself where it has no more."""
+    if x.shape[axis] == size:
+        return x
     if jnp.issubdtype(x.dtype, jnp.floating) and not numerics.is_wide(x):
         # XLA's CPU slices bfloat16 in float32. Tied to the loop, x is not widened whole before it.
         x, start = lax.optimization_barrier((x, jnp.asarray(start, jnp.int32)))
@@ -119,6 +121,8 @@ def put(x: Array, tile: Array, *start: Any) -> Array:
 
 def add(x: Array, tile: Array, *start: Any) -> Array:
     """``x`` with ``tile`` added at ``start``, one index an axis."""
+    if x.shape == tile.shape:
+        return x + tile.astype(x.dtype)
     return put(x, lax.dynamic_slice(x, _int32(start), tile.shape) + tile.astype(x.dtype), *start)
 
 

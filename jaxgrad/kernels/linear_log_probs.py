@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxgrad import modes, numerics, sharding
-from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tangents
+from jaxgrad import backends, modes, numerics, sharding
+from jaxgrad.kernels import linear_arguments, linear_pallas, linear_schedules, linear_tangents
 from jaxgrad.kernels.loss_options import make_rule
 from jaxgrad.modes import Mode
 
@@ -36,6 +36,7 @@ def linear_log_probs(
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
     axis_name: sharding.AxisName = None,
+    implementation: backends.Implementation | None = None,
     return_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
     r"""Log-probability of each token's label: ``log softmax(x @ w + bias)[labels]``.
@@ -58,6 +59,8 @@ def linear_log_probs(
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
       axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over; see ``linear_softmax_cross_entropy``.
+      implementation: None, "xla", "pallas_tpu" or "pallas_interpret"; see
+        ``linear_softmax_cross_entropy``.
       return_entropy: Whether to return the entropy of the distribution too, differentiable.
 
     Returns:
@@ -66,6 +69,7 @@ def linear_log_probs(
     Raises:
       TypeError: labels are not integers.
       ValueError: Shapes do not fit.
+      NotImplementedError: ``implementation`` cannot run this call.
 
     Example:
       Direct preference optimisation, on sequences chosen and rejected, prompts ignored:
@@ -112,6 +116,7 @@ def linear_log_probs(
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
         axis_name=axis_name,
+        implementation=implementation,
         return_entropy=return_entropy,
     )
 
@@ -126,6 +131,7 @@ def linear_log_probs(
         "accumulate_dtype",
         "precision",
         "axis_name",
+        "implementation",
         "return_entropy",
     ),
 )
@@ -144,6 +150,7 @@ def _jit(
     accumulate_dtype,
     precision,
     axis_name,
+    implementation,
     return_entropy,
 ):
     of = "linear_log_probs"
@@ -165,6 +172,7 @@ def _jit(
         axis_name,
     )
     plan = plan._replace(entropy=return_entropy)
+    plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
     schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
     rows: Any = schedules.per_token(plan, head, tokens, rule)
     log_p = -rows.loss.reshape(lead)

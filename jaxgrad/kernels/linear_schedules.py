@@ -17,7 +17,7 @@ either is the first loop alone. Every loop can be differentiated again, at the m
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +26,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxgrad import sharding, tiling
-from jaxgrad.kernels import linear_bars, linear_tile, row_rule
+from jaxgrad.kernels import linear_bars, linear_pallas, linear_rows, linear_tile, row_rule
+from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
 
 # A w̄ of 16 bits is rounded so many times: summed as a whole, it would be held in 32 bits as well;
 # class tile by class tile, XLA's CPU would widen and round all of it for each.
 BLOCKS = 4
-
-
-class Rows(NamedTuple):
-    """What is known of each token in the end, [t, 1] each."""
-
-    loss: Array
-    lse: Array
-    entropy: Array | None
-    argmax: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -52,11 +44,14 @@ def per_token(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Rows:
 
 def _forward(plan, head, tokens, rule):
     tokens = _without_ignored(plan, tokens)
+    if plan.implementation != "xla":
+        sums = linear_pallas.stream(plan, head, tokens, rule)
+        return linear_rows.finish(plan, tokens, rule, *sums)
 
     def chunk(carry, row, size, _):
         some = _some(tokens, row, size)
         part, best, _ = _stream(plan, head, some, rule)
-        return carry, _finish(plan, some, rule, part, best)
+        return carry, linear_rows.finish(plan, some, rule, part, best)
 
     return tiling.fold_overlapping(chunk, (), len(tokens.x), plan.tile[0])[1]
 
@@ -70,16 +65,28 @@ def _per_token_fwd(plan, head, tokens, rule):
 
 def _per_token_bwd(plan, residuals, bar):
     wanted, head, tokens, rule, part = residuals
-    row_bars = _row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
+    row_bars = linear_rows.row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
     clean = _without_ignored(plan, tokens)
-    zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
     of_rows = (rule, part, row_bars)
-    rule, part, row_bars = sharding.lift(of_rows, plan.axis_name)
+    if plan.implementation != "xla":
+        bars = linear_pallas.pull_back(plan, wanted, head, clean, *of_rows)
+    else:
+        bars = _all_tiles(plan, wanted, head, clean, *sharding.lift(of_rows, plan.axis_name))
+    bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
+    bars = _with_rows(plan, wanted, bars, *of_rows)
+    return linear_bars.cotangents(wanted, _over_shards(plan, bars))
+
+
+per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
+
+
+def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
+    zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 
     def block(bars, first, size, _):
         def classes(bars, column, width, _):
             def chunk(bars, row, size, new):
-                some, part_, row_bars_ = _some((clean, part, row_bars), row, size)
+                some, part_, row_bars_ = _some((tokens, part, row_bars), row, size)
                 x = linear_tile.logits(plan, head, some.x, first + column, width)
                 return linear_tile.pull_back(
                     plan,
@@ -115,13 +122,7 @@ def _per_token_bwd(plan, residuals, bar):
     )
     rounds = wanted.w is not None and wanted.w != plan.accumulate
     size = tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
-    bars, _ = tiling.fold(block, bars, plan.v, size)
-    bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
-    bars = _with_rows(plan, wanted, bars, *of_rows)
-    return linear_bars.cotangents(wanted, _over_shards(plan, bars))
-
-
-per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
+    return tiling.fold(block, bars, plan.v, size)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -143,8 +144,8 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
     def chunk(bars, row, size, new):
         some, scale_ = _some((clean, scale), row, size)
         part, best, kept = _stream(plan, head, some, rule, keep=True)
-        rows, part = _finish(plan, some, rule, part, best)
-        row_bars = _row_bars(plan, some.labels, _only(new, scale_))
+        rows, part = linear_rows.finish(plan, some, rule, part, best)
+        row_bars = linear_rows.row_bars(plan, some.labels, _only(new, scale_))
         of_rows = (rule, part, row_bars)
         of_classes = sharding.lift(of_rows, plan.axis_name)
 
@@ -192,53 +193,12 @@ def _stream(
     rule = sharding.lift(rule, plan.axis_name)
 
     def merge(carry, column, size, _):
-        so_far, best_so_far = carry
-        x = linear_tile.logits(plan, head, tokens.x, column, size)
-        part, best = linear_tile.measure(plan, tokens, rule, x, column)
-        best = jnp.where(part.top > so_far.top, best, best_so_far)
-        return (row_rule.merge(rule, so_far, part), best), x if keep else None
+        carry, x = linear_rows.visit(plan, head, tokens, rule, carry, column, size)
+        return carry, x if keep else None
 
     nothing = linear_tile.nothing(plan, tokens, rule)
     (part, best), kept = tiling.fold(merge, nothing, plan.v, plan.tile[1])
     return part, best, kept
-
-
-def _finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> tuple[Rows, Part]:
-    """The rows, and the sums as the backward takes them."""
-    integer, some = linear_tile.is_integer(tokens.labels), None
-    if integer and tokens.where is not None:
-        some = jnp.broadcast_to(tokens.where.any(1, keepdims=True), part.gap.shape)
-    part, best, some = linear_tile.merge_shards(plan, tokens, rule, part, best, some)
-    if integer:
-        part = part._replace(mass=None)
-        if some is not None:
-            part = part._replace(gap=jnp.where(some, part.gap, 0), mass=some.astype(plan.wide))
-    ignored, unknown = linear_tile.row_state(plan, tokens.labels)
-
-    def unless_ignored(row):
-        return row if ignored is None else jnp.where(ignored, 0, row)
-
-    loss = row_rule.loss(rule, part)
-    rows = Rows(
-        unless_ignored(loss if unknown is None else jnp.where(unknown, jnp.nan, loss)),
-        unless_ignored(row_rule.log_sum_exp(rule, part)),
-        unless_ignored(row_rule.entropy(part)) if plan.entropy else None,
-        best,
-    )
-    return rows, part if rule.label_smoothing is not None else part._replace(gap=None)
-
-
-def _row_bars(plan: Plan, labels: Labels, *bars: Any) -> tuple[Any, ...]:
-    """l̄, L̄ and H̄, 0 for tokens that are ignored or unknown; None for one that is 0 for all."""
-    ignored, unknown = linear_tile.row_state(plan, labels)
-    bars = tuple(None if isinstance(z, SymbolicZero) else z for z in bars)
-    for out in (ignored, unknown):
-        if out is not None:
-            bars = jax.tree.map(lambda z, out=out: jnp.where(out, 0, z), bars)
-    loss_bar, lse_bar, entropy_bar = (*bars, None, None)[:3]
-    if loss_bar is None:
-        loss_bar = jnp.zeros((len(jax.tree.leaves(labels)[0]), 1), plan.wide)
-    return loss_bar, lse_bar, entropy_bar
 
 
 def _only(new: Array | None, bars: Any) -> Any:

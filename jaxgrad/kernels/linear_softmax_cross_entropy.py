@@ -19,8 +19,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxgrad import modes, sharding
-from jaxgrad.kernels import linear_arguments, linear_schedules, linear_tangents, linear_tile
+from jaxgrad import backends, modes, sharding
+from jaxgrad.kernels import (
+    linear_arguments,
+    linear_pallas,
+    linear_rows,
+    linear_schedules,
+    linear_tangents,
+    linear_tile,
+)
 from jaxgrad.kernels.linear_tile import SparseLabels
 from jaxgrad.kernels.loss_options import make_rule, mean_weights
 from jaxgrad.modes import Mode
@@ -57,6 +64,7 @@ def linear_softmax_cross_entropy(
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
     axis_name: sharding.AxisName = None,
+    implementation: backends.Implementation | None = None,
 ) -> Array | tuple[Array, Aux]:
     r"""Cross-entropy of ``softmax(x @ w + bias)``, without ever holding the logits.
 
@@ -108,12 +116,18 @@ def linear_softmax_cross_entropy(
         that classes are cut over: w, bias, where and dense labels hold this shard's classes, as
         many as any other's, and all else is the same on all shards, indices counting all classes.
 
+      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu",
+        a kernel for TPU; "pallas_interpret", the same on any device, slowly. The last two take
+        integer labels and no ``where``, and have no second derivative. What is named runs, or an
+        error tells why it cannot.
+
     Returns:
       The loss, float32 for 16-bit input; or ``(loss, aux)``.
 
     Raises:
       TypeError: An argument is not of the kind asked for.
       ValueError: Shapes do not fit, or an option is out of range.
+      NotImplementedError: ``implementation`` cannot run this call.
 
     Example:
       >>> x, w = jnp.eye(3, 4), jnp.eye(4, 5) * 9
@@ -152,6 +166,7 @@ def linear_softmax_cross_entropy(
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
         axis_name=axis_name,
+        implementation=implementation,
     )
 
 
@@ -168,6 +183,7 @@ def linear_softmax_cross_entropy(
         "accumulate_dtype",
         "precision",
         "axis_name",
+        "implementation",
     ),
 )
 def _jit(
@@ -189,6 +205,7 @@ def _jit(
     accumulate_dtype,
     precision,
     axis_name,
+    implementation,
 ):
     plan, head, tokens, rule, lead = linear_arguments.arguments(
         of,
@@ -207,6 +224,7 @@ def _jit(
         axis_name,
     )
     plan = plan._replace(entropy=return_aux, argmax=return_aux, gauss_newton=mode == "gauss_newton")
+    plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
     schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:
@@ -219,8 +237,12 @@ def _jit(
         scale = scale if ignored is None else jnp.where(ignored, 0, scale)
         scale = mean_weights(scale) if reduction == "mean" else scale
         scale = sharding.lift_rows(scale, (head, tokens, rule), axis_name)
-        results: Any = schedules.total(plan, head, tokens, rule, scale)
-        loss, rows = results[0], linear_schedules.Rows(*map(lax.stop_gradient, results[1]))
+        if plan.implementation == "xla":
+            loss, rows = schedules.total(plan, head, tokens, rule, scale)
+        else:
+            rows = schedules.per_token(plan, head, tokens, rule)
+            loss = (scale * rows.loss).sum()
+        rows = linear_rows.Rows(*map(lax.stop_gradient, rows))
     if not return_aux:
         return loss
     zl = jnp.zeros_like(rows.lse) if rule.z_loss is None else rule.z_loss * rows.lse**2

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgrad import modes, tiling
-from jaxgrad.kernels import linear_schedules, linear_tile, row_tangent
-from jaxgrad.kernels.linear_schedules import Rows
+from jaxgrad.kernels import linear_rows, linear_schedules, linear_tile, row_tangent
+from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Rule
 
@@ -84,7 +84,7 @@ def _units(plan: Plan, labels: Labels) -> list[tuple[Any, ...]]:
     units: list[tuple[Any, ...]] = [(one, None, None)]
     if plan.entropy:
         units += [(None, one, None), (None, None, one)]
-    return [linear_schedules._row_bars(plan, labels, *unit) for unit in units]
+    return [linear_rows.row_bars(plan, labels, *unit) for unit in units]
 
 
 def _logits_dot(plan, head, head_dot, x, x_dot, column, width) -> Array | None:  # (1)

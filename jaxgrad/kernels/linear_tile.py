@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     argmax: bool = False
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
+    implementation: str = "xla"
 
 
 class Head(NamedTuple):

@@ -1,0 +1,181 @@
+"""The Pallas kernels of the fused head, in Pallas's interpreters, against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxgrad import linear_log_probs, linear_softmax_cross_entropy
+from jaxgrad.backends.pallas_tpu import tiles
+from jaxgrad.kernels import linear_arguments, linear_schedules
+from jaxgrad.kernels.row_rule import Rule
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+T, D, V = 150, 16, 200  # ragged: two tiles of tokens, two of classes
+TILE = (128, 128)
+fused = functools.partial(
+    linear_softmax_cross_entropy, implementation="pallas_interpret", chunk_size=TILE
+)
+
+
+def problem(rng, dtype=jnp.float32, t=T):
+    k = jax.random.split(rng, 5)
+    x, w, bias = (
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(k, ((t, D), (D, V), (V,)), strict=False)
+    )
+    labels = jax.random.randint(k[3], (t,), 0, V)
+    return x, w, bias, labels, jax.random.uniform(k[4], (t,), jnp.float32)
+
+
+def truth(x, w, bias, labels, bar, lse_bar=0.0, h_bar=0.0, eps=0.0, zeta=0.0, temp=1.0, cap=None):
+    """Losses, lse, entropy and the gradients of x, w and bias, by the textbook's formulas."""
+    x, w, bias, bar = (np.asarray(a, np.float64) for a in (x, w, bias, bar))
+    bar, logits = bar[:, None], x @ w + bias
+    tanh = np.tanh(logits / cap) if cap else 0.0
+    z = (cap * tanh if cap else logits) / temp
+    lse = np.logaddexp.reduce(z, axis=1, keepdims=True)
+    p = np.exp(z - lse)
+    q = (1 - eps) * np.eye(V)[np.asarray(labels)] + eps / V
+    entropy = lse - (p * z).sum(1, keepdims=True)
+    loss = lse - (q * z).sum(1, keepdims=True) + zeta * lse**2
+    z_bar = (bar + lse_bar + 2 * zeta * lse * bar) * p - bar * q
+    z_bar -= h_bar * p * (z - lse + entropy)
+    x_bar = z_bar * (1 - tanh**2) / temp
+    rows = (loss, lse, entropy)
+    return *(row[:, 0] for row in rows), x_bar @ w.T, x.T @ x_bar, x_bar.sum(0)
+
+
+def assert_near(actual, expected, bar):
+    for a, e in zip(actual, expected, strict=True):
+        a = np.asarray(a, np.float64)
+        assert a.shape == e.shape
+        assert np.abs(a - e).max() <= bar * np.abs(e).max()
+
+
+def with_gradients(f, x, w, bias, bars):
+    @jax.jit
+    def run(x, w, bias):
+        out, back = jax.vjp(f, x, w, bias)
+        return out, back(bars)
+
+    return run(x, w, bias)
+
+
+def test_every_option(rng):
+    x, w, bias, labels, bar = problem(rng)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "temperature": 0.7, "logit_soft_cap": 5.0}
+
+    def rows(x, w, bias):
+        loss, aux = fused(x, w, labels, bias, return_aux=True, **options)
+        return loss, aux.lse, aux.entropy, aux.argmax
+
+    argmax_bar = np.zeros(T, jax.dtypes.float0)
+    bars = bar, 2 * bar, 3 * bar, argmax_bar
+    (*out, argmax), back = with_gradients(rows, x, w, bias, bars)
+    column = np.asarray(bar, np.float64)[:, None]
+    expected = truth(x, w, bias, labels, bar, 2 * column, 3 * column, 0.1, 0.01, 0.7, 5.0)
+    assert_near((*out, *back), expected, 1e-6)
+    np.testing.assert_array_equal(argmax, np.argmax(np.float64(x) @ np.float64(w) + bias, axis=1))
+
+
+def test_bfloat16_and_a_tied_embedding(rng):
+    x, w, bias, labels, bar = problem(rng, jnp.bfloat16)
+    f = lambda x, w, bias: fused(x, w, labels, bias, vocab_axis=0)
+    loss, (x_bar, w_bar, bias_bar) = with_gradients(f, x, w.T, bias, bar)
+    assert {z.dtype for z in (x_bar, w_bar, bias_bar)} == {jnp.dtype("bfloat16")}
+    expected = truth(x, w, bias, labels, bar)
+    assert_near((loss,), expected[:1], 1e-6)
+    assert_near((x_bar, w_bar.T, bias_bar), expected[3:], 4e-3)
+
+
+def test_ignored_and_unknown_tokens_under_a_mean(rng):
+    x, w, _, labels, weights = problem(rng)
+    labels = labels.at[3].set(-100).at[5].set(V + 7)
+    x = x.at[3].set(jnp.nan)
+    f = lambda x, w: fused(x, w, labels, ignore_index=-100, weights=weights, reduction="mean")
+    loss, (x_bar, w_bar) = jax.jit(jax.value_and_grad(f, (0, 1)))(x, w)
+    assert jnp.isnan(loss) and jnp.isnan(x_bar[5]).all() and (x_bar[3] == 0).all()
+    kept = np.delete(np.arange(T), (3, 5))
+    bar = weights[kept] / (weights.sum() - weights[3])
+    expected = truth(x[kept], w, np.zeros(V), labels[kept], bar)
+    assert_near((x_bar[kept], w_bar), expected[3:5], 1e-6)
+
+
+def test_tokens_in_blocks_where_their_gradient_is_too_large(rng, monkeypatch):
+    x, w, bias, labels, bar = problem(rng, t=300)
+    monkeypatch.setattr(tiles, "vmem_bytes", lambda: 2**19)
+    plan, size = tiles.for_gradients(
+        tiles.plan(tiles.Operands(x, w, None, None, None), 1, True),
+        tiles.Gradients(x.dtype, w.dtype, None),
+        TILE,
+    )
+    assert (plan.tokens, plan.classes) == TILE
+    assert size < 300
+    f = lambda x, w, bias: (
+        -linear_log_probs(x, w, labels, bias, implementation="pallas_interpret", chunk_size=TILE)
+    )
+    loss, back = with_gradients(f, x, w, bias, bar)
+    expected = truth(x, w, bias, labels, bar)
+    assert_near((loss, *back), (expected[0], *expected[3:]), 1e-6)
+
+
+def test_memory_that_nobody_wrote_is_not_read(rng):
+    x, w, bias, labels, bar = problem(rng)
+    plan, head, tokens, rule, _ = linear_arguments.arguments(
+        "test", x, w, labels, bias, None, Rule(), None, -1, None, False, jnp.float32, None, None
+    )
+    plan = plan._replace(implementation="pallas_tpu", tile=TILE)
+
+    def f(x, w, bias):
+        layer = head._replace(w=w, bias=bias)
+        return linear_schedules.per_token(plan, layer, tokens._replace(x=x), rule).loss[:, 0]
+
+    interpreter = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    with pltpu.force_tpu_interpret_mode(interpreter):
+        loss, back = with_gradients(f, x, w, bias, bar)
+    expected = truth(x, w, bias, labels, bar)
+    assert_near((loss, *back), (expected[0], *expected[3:]), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        ({"where": np.ones(V, bool)}, "takes no where"),
+        ({"chunk_size": 64}, "multiples of 128"),
+        ({"accumulate_dtype": jnp.bfloat16}, "accumulate_dtype=float32"),
+        ({"labels": np.ones((T, V), np.float32)}, "integer labels"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(more, why, rng):
+    x, w, bias, labels, _ = problem(rng)
+    with pytest.raises(NotImplementedError, match=why):
+        fused(x, w, **{"labels": labels, "bias": bias} | more)
+
+
+def test_derivatives_that_it_does_not_have_are_refused(rng):
+    x, w, _, labels, _ = problem(rng)
+    loss = lambda x, cap: fused(x, w, labels, logit_soft_cap=cap).sum()
+    with pytest.raises(NotImplementedError, match="no gradient for label_smoothing"):
+        jax.eval_shape(jax.grad(loss, 1), x, 3.0)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.eval_shape(jax.grad(lambda x: jax.grad(loss)(x, 3.0).sum()), x)
+
+
+@pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (8192, 2304, 256000), (7, 128, 11)])
+@pytest.mark.parametrize("mebibytes", [128, 64, 16])
+def test_tiles_fit(t, d, v, mebibytes, monkeypatch):
+    monkeypatch.setattr(tiles, "vmem_bytes", lambda: mebibytes * 2**20)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    cut = tiles.plan(tiles.Operands(shape((t, d)), shape((d, v)), None, None, None), 1, False)
+    dtypes = tiles.Gradients(jnp.bfloat16, jnp.bfloat16, None)
+    cut, size = tiles.for_gradients(cut, dtypes, None)
+    assert cut.tokens % 128 == cut.classes % 128 == size % cut.tokens == 0 or size == t
+    resident = -(-min(size, t) // cut.tokens) * cut.tokens * d * 4
+    assert resident + 2 * 2 * d * (cut.tokens + cut.classes) <= tiles.usable()
+    if mebibytes == 128:
+        assert size >= t  # no float32 gradient of w
