@@ -80,7 +80,9 @@ def test_every_option(rng):
     column = np.asarray(bar, np.float64)[:, None]
     expected = truth(x, w, bias, labels, bar, 2 * column, 3 * column, 0.1, 0.01, 0.7, 5.0)
     assert_near((*out, *back), expected, 1e-6)
-    np.testing.assert_array_equal(argmax, np.argmax(np.float64(x) @ np.float64(w) + bias, axis=1))
+    np.testing.assert_array_equal(
+        argmax, np.argmax(np.float64(x) @ np.float64(w) + np.float64(bias), axis=1)
+    )
 
 
 def test_bfloat16_and_a_tied_embedding(rng):

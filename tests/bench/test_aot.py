@@ -23,7 +23,8 @@ def test_without_the_compiler_it_names_the_line_that_adds_it(monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments, why", [(["softmax"], "kernels are linear_"), (["--shape", "8,8"], "tokens,features")]
+    "arguments, why",
+    [(["softmax"], "kernels are linear_"), (["--shape", "8,8"], "tokens,features")],
 )
 def test_what_it_cannot_compile_is_refused(arguments, why, capsys):
     assert __main__.main(["aot", "--target", "v5e", *arguments]) == 2
