@@ -60,7 +60,7 @@ def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
     from jaxgrad.backends.pallas_tpu import loops
 
     def start(size):
-        return linear_tile.nothing(plan, Tokens(jnp.zeros((size, 1)), None, None), rule)
+        return linear_tile.nothing(plan, tokens._replace(x=jnp.zeros((size, 1))), rule)
 
     def body(so_far, tile, column, where):
         some = Tokens(tile.x, tile.rows, where)

@@ -181,3 +181,33 @@ def test_tiles_fit(t, d, v, mebibytes, monkeypatch):
     assert resident + 2 * 2 * d * (cut.tokens + cut.classes) <= tiles.usable()
     if mebibytes == 128:
         assert size >= t  # no float32 gradient of w
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers_for_a_tpu_on_any_machine(dtype):
+    device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5e", num_cores=1)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    labels = jax.ShapeDtypeStruct((1000,), jnp.int32)
+
+    def loss(x, w, bias, labels):
+        return linear_softmax_cross_entropy(
+            x,
+            w,
+            labels,
+            bias,
+            implementation="pallas_tpu",
+            return_aux=True,
+            reduction="mean",
+            label_smoothing=0.1,
+            z_loss=0.01,
+            temperature=0.7,
+            logit_soft_cap=30.0,
+        )
+
+    f = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = f.trace(shape((1000, 256)), shape((256, 3000)), shape((3000,)), labels)
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("stablehlo.custom_call @tpu_custom_call") == 2
+    assert "1000x3000" not in program

@@ -11,6 +11,7 @@ Where the gradient of x is too large to stay, tokens come in blocks, a call each
 handed from call to call in float32, the one array of its size beside the result.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,11 +106,11 @@ def gradients(
         part = operands._replace(x=some(operands.x), rows=jax.tree.map(some, operands.rows))
         kept = dtypes if whole or dtypes.w is None else dtypes._replace(w=jnp.float32)
         blocks.append(_block(body, part, kept, plan, blocks[-1].w if blocks else None))
-    x_bar, w_bar, bias_bar = zip(*blocks, strict=True)
     return Gradients(
-        None if dtypes.x is None else jnp.concatenate(x_bar).astype(dtypes.x),
-        None if dtypes.w is None else w_bar[-1].astype(dtypes.w),
-        None if dtypes.bias is None else sum(bias_bar).astype(dtypes.bias),
+        dtypes.x and jnp.concatenate([block.x for block in blocks]).astype(dtypes.x),
+        dtypes.w and blocks[-1].w.astype(dtypes.w),
+        dtypes.bias
+        and functools.reduce(jnp.add, [block.bias for block in blocks]).astype(dtypes.bias),
     )
 
 
@@ -119,6 +120,7 @@ def _block(body, operands, dtypes, plan, before):
     rows = plan.tiles[0] * plan.tokens
     at = lambda j, i: (i, j)
     of_w, of_bias = _block_of_w(plan, at), pl.BlockSpec((plan.classes,), lambda j, i: (j,))
+    shape_of_w: Any = of_w.block_shape
 
     def kernel(operands, before, out, total):
         j, i = pl.program_id(0), pl.program_id(1)
@@ -173,8 +175,8 @@ def _block(body, operands, dtypes, plan, before):
         ),
         scratch=wanted(
             None,
-            pltpu.VMEM(of_w.block_shape, jnp.float32),
-            pltpu.VMEM(of_bias.block_shape, jnp.float32),
+            pltpu.VMEM(shape_of_w, jnp.float32),
+            pltpu.VMEM((plan.classes,), jnp.float32),
         )[1:],
         products=1 + sum(z is not None for z in dtypes[:2]),
     )
@@ -259,8 +261,8 @@ def _before(total, size, k, shape, axis):
 def _without_rest(plan, tile, i, j):
     """Zeros where a tile reaches beyond the end: what is read there, times 0, need not be 0."""
 
-    def cut(z, *place, axis):
-        inside = _before(*place, z.shape, axis)
+    def cut(z, total, size, k, axis):
+        inside = _before(total, size, k, z.shape, axis)
         return z if inside is None else jnp.where(inside, z, jnp.zeros((), z.dtype))
 
     return tile._replace(
