@@ -60,15 +60,6 @@ A shape of two numbers is rows,classes; of three, tokens,features,classes of a f
 four, batch,length,heads,features of attention. Close what else is running: the table ends with
 how noisy the machine was.
 exit code: 0, 2 if an argument cannot be used, 130 after Ctrl-C"""
-AOT = """\
-Compiles the kernels for a chip that is not there, each beside the same in plain JAX, and tells what
-memory they take. Nothing runs, so nothing is told of time."""
-AOT_EXAMPLES = """\
-examples:
-  python -m jaxgrad aot --target v5e
-  python -m jaxgrad aot --target v6e linear_log_probs --shape 8192,2304,256000
-
-exit code: 0, 1 if a kernel does not compile, 2 if the compiler is not installed"""
 TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -223,17 +214,11 @@ def parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     aot = _parser(
-        commands.add_parser,
-        "aot",
-        epilog=AOT_EXAMPLES,
-        help="whether the kernels compile for a chip that is not there",
-        description=AOT,
+        commands.add_parser, "aot", help="what memory the head takes on a TPU that is not there"
     )
     aot.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to compile (all)")
     aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
-    aot.add_argument(
-        "--shape", type=_shape, metavar="N,N,N", help="tokens,features,classes (4096,2048,131072)"
-    )
+    aot.add_argument("--shape", type=_shape, help="tokens,features,classes (4096,2048,131072)")
     aot.set_defaults(run=_aot)
 
     info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
