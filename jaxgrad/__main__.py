@@ -199,23 +199,15 @@ def parser() -> argparse.ArgumentParser:
         dest="dtypes",
         help="dtype to race in; may be given more than once (float32 and bfloat16)",
     )
-    bench.add_argument(
-        "--shape",
-        action="append",
-        type=_shape,
-        dest="shapes",
-        metavar="N,N",
-        help="shape to race at; may be given more than once",
-    )
+    of_shape = {"type": _shape, "metavar": "N,N", "help": "shape to race at; may be repeated"}
+    bench.add_argument("--shape", action="append", dest="shapes", **of_shape)
     bench.add_argument("--quick", action="store_true", help="one shape a kernel, fewer rounds")
     bench.add_argument("--json", metavar="FILE", help="write the results to a JSON file as well")
     bench.add_argument("--plot", metavar="FILE", help="draw them to a PNG, PDF or SVG file")
     bench.add_argument("--compare", metavar="OLD.json", help="tell what changed since a run")
     bench.set_defaults(run=_bench)
 
-    aot = _parser(
-        commands.add_parser, "aot", help="what memory the head takes on a TPU that is not there"
-    )
+    aot = _parser(commands.add_parser, "aot", help="memory of the head on a TPU that is not there")
     aot.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to compile (all)")
     aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
     aot.add_argument("--shape", type=_shape, help="tokens,features,classes (4096,2048,131072)")
