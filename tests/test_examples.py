@@ -13,7 +13,7 @@ EXAMPLES = {
     for title, _, text in (section.partition("\n") for section in SECTIONS)
 }
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimised")
 
 
 @pytest.mark.parametrize("title", EXAMPLES)

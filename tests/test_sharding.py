@@ -154,7 +154,7 @@ def hessian_vector(f, a):
     return jax.jvp(jax.grad(f), (a,), (jax.tree.map(lambda z: jnp.sin(finite(z)), a),))[1]
 
 
-def test_row_kernels(x64, rng):
+def test_row_kernels(x64, unoptimised, rng):
     a = arrays(rng)
 
     def measured(rows):
@@ -178,7 +178,7 @@ def test_row_kernels(x64, rng):
 
 
 @pytest.mark.parametrize("axis_name", ["model", None], ids=["classes and tokens", "tokens alone"])
-def test_fused_head(x64, rng, axis_name):
+def test_fused_head(x64, unoptimised, rng, axis_name):
     a = arrays(rng)
 
     def measured(head):
@@ -206,7 +206,7 @@ EVERY_AXIS = {
 }
 
 
-def test_sharded(x64, rng):
+def test_sharded(x64, unoptimised, rng):
     """Means over all tokens, w put together over one axis and its classes cut over others."""
     a = arrays(rng)
     h, labels, weights = a["h"].reshape(4, 2, D), a["labels"].reshape(4, 2), a["weights"]
@@ -296,7 +296,7 @@ def test_what_plain_jit_sends(kind):
     assert shapes <= {"f32[32]", "f32[32,1]", "pred[]", "f32[]"}
 
 
-def test_gradient_inside_vmap(x64, rng):
+def test_gradient_inside_vmap(x64, unoptimised, rng):
     a = arrays(rng)
     f = lambda x, axis_name: jaxgrad.softmax_cross_entropy_with_integer_labels(
         x, a["labels"], ignore_index=-100, label_smoothing=0.1, axis_name=axis_name
@@ -307,7 +307,7 @@ def test_gradient_inside_vmap(x64, rng):
     close(found.reshape(T, V), jax.grad(f)(a["finite"], None))
 
 
-def test_scan_remat_second_order_and_export(x64, rng):
+def test_scan_remat_second_order_and_export(x64, unoptimised, rng):
     a = arrays(rng)
 
     def measured(head):
@@ -369,7 +369,7 @@ def test_wrong_uses_of_sharded():
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "segments"])
-def test_ring_attention(x64, rng, is_causal):
+def test_ring_attention(x64, unoptimised, rng, is_causal):
     keys = jax.random.split(rng, 5)
     shapes = ((2, 16, 4, 3), (2, 16, 2, 3), (2, 16, 2, 5))
     q, k, v = (

@@ -45,6 +45,7 @@ def test_every_function_is_raced():
     assert len(SUBJECTS) == len(subjects.subjects())
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_results_of_a_race_are_right(name):
     """By the errors that the table shows: they would tell of arguments or truths mixed up, too."""

@@ -30,6 +30,7 @@ RULES = (
     "softmax_cross_entropy_integer-where-rule-ignore_index",
 )
 ORDERS = ("", "f", "r", "ff", "fr", "rf", "rr", "fff", "rrr")
+THIRD = ("softmax", "log_softmax", "logsumexp", "tanh", "soft_cap", "softmax_cross_entropy")
 every_rule = pytest.mark.parametrize(
     "kernel", [kernel for kernel in KERNELS if repr(kernel) in RULES], ids=repr
 )
@@ -115,7 +116,7 @@ def test_derivatives_of_every_mode_and_order(kernel, x64, unoptimised):
 
     @jax.jit
     def run():
-        orders = ORDERS[:-2] if "rule" in repr(kernel) else ORDERS
+        orders = ORDERS if repr(kernel) in THIRD else ORDERS[:-2]
         found = {modes: directional(function, modes) for modes in orders}
         true = [directional(plain, "f" * order) for order in range(len(orders[-1]) + 1)]
         expected = {modes: true[len(modes)] for modes in orders}
