@@ -20,7 +20,10 @@ CAP = 30.0
 def load(package: str) -> ModuleType | None:
     """The module of a package; None where it is not installed, or cannot be imported."""
     try:
-        return importlib.import_module(PACKAGES[package])
+        module = importlib.import_module(PACKAGES[package])
+        if package == "tokamax":  # else it takes the command line for its own, at the first call
+            importlib.import_module("absl.flags").FLAGS([package])
+        return module
     except Exception:  # a broken peer, whatever it raises, must not end the race
         return None
 
