@@ -66,3 +66,10 @@ PLAIN = {
     "softmax_cross_entropy": dense,
     "softmax_cross_entropy_with_integer_labels": integer,
 }
+
+
+def derivative(f, modes):
+    """Of ``f``, of one number, at 0: an order for each mode, forward "f" or reverse "r"."""
+    for mode in modes:
+        f = {"f": jax.jacfwd, "r": jax.jacrev}[mode](f)
+    return f(jnp.zeros(()))

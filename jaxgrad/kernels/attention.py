@@ -163,9 +163,7 @@ def _jit(
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
     attention = modes.of(mode, _attention, _attention_twin)
     o, lse = attention(band, *sharding.lift(given))
-    shape = jnp.shape(query)[:-1]
-    o = arguments.by_token(o).reshape(*shape, v.shape[-1])
-    return (o, arguments.by_token(lse).reshape(shape)) if return_residual else o
+    return arguments.results(query, o, lse, return_residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -204,8 +202,7 @@ def _forward(band, q, k, v, terms, masks):
 
 def _fwd(band, q, k, v, terms, masks):
     o, m, excess = _forward(band, q, k, v, terms, masks)
-    kept = numerics.narrow(o, like=q), m, excess
-    o, m, excess = (checkpoint_name(x, arguments.OF) for x in kept)
+    o, m, excess = checkpoint_name((numerics.narrow(o, like=q), m, excess), arguments.OF)
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 

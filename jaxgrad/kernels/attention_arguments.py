@@ -90,9 +90,12 @@ def by_head(sizes: Sizes, q: Array, k: Array, v: Array) -> tuple[Array, Array, A
     return q, k, v
 
 
-def by_token(x: Array) -> Array:
-    """The inverse of :func:`by_head` for an output, but for the axes it splits."""
-    return x.transpose(0, 3, 1, 2, 4)
+def results(query: Any, o: Array, lse: Array, return_residual: bool) -> Any:
+    """Output, and log-sum-exp if asked for, with the axes of ``query``: :func:`by_head` undone."""
+    shape = jnp.shape(query)[:-1]
+    o, lse = (x.transpose(0, 3, 1, 2, 4) for x in (o, lse))
+    o = o.reshape(*shape, o.shape[-1])
+    return (o, lse.reshape(shape)) if return_residual else o
 
 
 def terms(sizes: Sizes, q: Array, bias: Any, scale: Any, cap: Any) -> Terms:

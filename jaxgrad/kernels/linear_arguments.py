@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxgrad import numerics, sharding, tiling
 from jaxgrad.kernels.linear_tile import Head, Labels, Plan, SparseLabels, Tokens, index_state
-from jaxgrad.kernels.loss_options import as_scalars
+from jaxgrad.kernels.loss_options import as_scalars, lifted
 from jaxgrad.kernels.row_rule import Rule
 
 
@@ -81,8 +81,7 @@ def arguments(
     first = None if axis_name is None else jnp.full((1, 1), first, jnp.int32)
     tokens = Tokens(x.reshape(t, d), labels, where, first)
     arrays = (Head(w, bias), tokens, as_scalars(rule, wide, of))
-    head, tokens, _ = sharding.lift(arrays, axis_name)
-    return plan, head, tokens, sharding.lift_rows(arrays[2], arrays, axis_name), lead
+    return plan, *lifted(arrays, axis_name), lead
 
 
 def as_weights(of: str, weights: Any, lead: tuple[int, ...], plan: Plan) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgrad.kernels import linear_tile, row_rule
+from jaxgrad.kernels import linear_tile, loss_options, row_rule
 from jaxgrad.kernels.linear_tile import Head, Labels, Plan, Tokens
 from jaxgrad.kernels.row_rule import Part, Rule
 
@@ -55,7 +55,7 @@ def finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> t
         unless_ignored(row_rule.entropy(part)) if plan.entropy else None,
         best,
     )
-    return rows, part if rule.label_smoothing is not None else part._replace(gap=None)
+    return rows, loss_options.kept(rule, part)
 
 
 def row_bars(plan: Plan, labels: Labels, *bars: Any) -> tuple[Any, ...]:

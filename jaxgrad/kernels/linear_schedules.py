@@ -29,6 +29,7 @@ from jaxgrad import sharding, tiling
 from jaxgrad.kernels import linear_bars, linear_pallas, linear_rows, linear_tile, row_rule
 from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
+from jaxgrad.kernels.loss_options import add_rules
 from jaxgrad.kernels.row_rule import Part, Rule
 
 # A w̄ of 16 bits is rounded so many times: summed as a whole, it would be held in 32 bits as well;
@@ -59,7 +60,7 @@ def _forward(plan, head, tokens, rule):
 def _per_token_fwd(plan, head, tokens, rule):
     (head, tokens, rule), wanted = linear_bars.asked(head, tokens, rule)
     rows, part = _forward(plan, head, tokens, rule)
-    part = jax.tree.map(lambda z: checkpoint_name(z, "linear_softmax_cross_entropy"), part)
+    part = checkpoint_name(part, "linear_softmax_cross_entropy")
     return rows, (wanted, head, tokens, rule, part)
 
 
@@ -227,7 +228,7 @@ def _with_rows(
     if wanted.rule is None:
         return bars
     rest = sharding.once(row_rule.rows_to_rule(rule, part, *row_bars[:2]), plan.axis_name)
-    return bars._replace(rule=linear_tile.add_rules(bars.rule, rest))
+    return bars._replace(rule=add_rules(bars.rule, jax.tree.map(jnp.sum, rest)))
 
 
 def _over_shards(plan: Plan, bars: Bars) -> Bars:

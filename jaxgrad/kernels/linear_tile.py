@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from jaxgrad import numerics, sharding, tiling
 from jaxgrad.kernels import row_rule
+from jaxgrad.kernels.loss_options import add_rules
 from jaxgrad.kernels.row_rule import Part, Rule
 
 
@@ -221,9 +222,8 @@ def pull_back(
     z_bar = row_rule.gradient(rule, x, t, where, part, *row_bars)
     x_bar = row_rule.to_logits(rule, x, where, z_bar)
     if wanted.rule is not None:
-        bars = bars._replace(
-            rule=add_rules(bars.rule, row_rule.to_rule(rule, x, where, part, z_bar))
-        )
+        rule_bar = jax.tree.map(jnp.sum, row_rule.to_rule(rule, x, where, part, z_bar))
+        bars = bars._replace(rule=add_rules(bars.rule, rule_bar))
     if wanted.labels is not None:
         t_bar = row_rule.to_targets(rule, x, t, where, part, row_bars[0])
         if isinstance(labels, SparseLabels):
@@ -252,13 +252,6 @@ def pull_back(
 def along(plan: Plan, start: Any) -> tuple[Any, Any]:
     """The corner in ``w`` of the classes from ``start`` on."""
     return (0, start) if plan.vocab_axis == 1 else (start, 0)
-
-
-def add_rules(total: Rule | None, part: Rule) -> Rule | None:
-    """``total`` with those cotangents added that ``part`` has, by rows."""
-    if total is None:
-        return None
-    return Rule(*(a if b is None else a + b.sum() for a, b in zip(total, part, strict=True)))
 
 
 def _own(tokens):

@@ -119,9 +119,7 @@ def _jit(axis_name, is_causal, return_residual, query, key, value, scale, cap, s
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
     out: Any = _ring(axis_name, is_causal, *sharding.lift(given, axis_name))
     o, lse = out
-    shape = jnp.shape(query)[:-1]
-    o = arguments.by_token(o).reshape(*shape, v.shape[-1])
-    return (o, arguments.by_token(lse).reshape(shape)) if return_residual else o
+    return arguments.results(query, o, lse, return_residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formulas import derivative
 from numpy.testing import assert_allclose
 
 import jaxgrad
@@ -49,11 +50,6 @@ def test_derivatives_of_both_orders(x64, standard_promotion, unoptimised, small_
             return jnp.sin(o).sum() + jnp.cos(lse).sum()
 
         return along
-
-    def derivative(f, modes):
-        for mode in modes:
-            f = {"f": jax.jacfwd, "r": jax.jacrev}[mode](f)
-        return f(jnp.zeros(()))
 
     @jax.jit
     def run():
