@@ -1,10 +1,12 @@
 """Which implementation runs a kernel: decided here and nowhere else.
 
-================  ==================================================================================
-xla               plain JAX, for any device; alone in having every option and every derivative
-pallas_tpu        Pallas, for TPU
-pallas_interpret  the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
-================  ==================================================================================
+====================  ==============================================================================
+xla                   plain JAX, for any device; alone in having every option and every derivative
+pallas_tpu            Pallas, for TPU
+pallas_interpret      the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
+pallas_gpu            Pallas, by way of Triton, for GPU
+pallas_gpu_interpret  the kernel of ``pallas_gpu``, likewise
+====================  ==============================================================================
 
 Nothing is chosen unasked that was not measured to be better on that device. What is asked for by
 name is what runs, or an error tells why it cannot: nothing else takes its place.
@@ -14,13 +16,19 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_interpret"]
+Implementation = Literal[
+    "xla", "pallas_tpu", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"
+]
 
 # What each function has besides "xla".
 OTHERS: dict[str, tuple[Implementation, ...]] = {
     "linear_softmax_cross_entropy": ("pallas_tpu", "pallas_interpret"),
     "linear_log_probs": ("pallas_tpu", "pallas_interpret"),
+    "dot_product_attention": ("pallas_gpu", "pallas_gpu_interpret"),
 }
+
+# The platform that one needs, and the other one that shows anywhere what it computes.
+NEEDS = {"pallas_tpu": ("tpu", "pallas_interpret"), "pallas_gpu": ("gpu", "pallas_gpu_interpret")}
 
 
 class Choice(NamedTuple):
@@ -48,8 +56,11 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
     if not isinstance(implementation, str) or implementation not in ("xla", *others):
         names = " or ".join(repr(name) for name in (None, "xla", *others))
         raise ValueError(f"{of}: implementation must be {names}, got {implementation!r}")
-    if implementation == "pallas_tpu" and platform() != "tpu":
-        obstacle = f"needs a TPU, got {platform()}; 'pallas_interpret' runs it anywhere, slowly"
+    needed, shown_by = NEEDS.get(implementation, (None, None))
+    if needed is not None and platform() != needed:
+        obstacle = (
+            f"needs a {needed.upper()}, got {platform()}; {shown_by!r} runs it anywhere, slowly"
+        )
     if implementation != "xla" and obstacle is not None:
         raise NotImplementedError(f"{of}: implementation={implementation!r} {obstacle}")
     return Choice(cast(Implementation, implementation), "asked for")
@@ -68,6 +79,7 @@ def platform() -> str:
 def _why_xla(others):
     if not others:
         return "there is no other"
-    if platform() != "tpu":
+    here = [name for name in others if NEEDS.get(name, [None])[0] == platform()]
+    if not here:
         return f"no other runs on {platform()}"
-    return "no other was measured to be faster; implementation='pallas_tpu' tries one"
+    return f"no other was measured to be faster; implementation={here[0]!r} tries one"

@@ -25,7 +25,6 @@ and these two numbers.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import backends, modes, numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.backends import Implementation
 from jaxgrad.kernels import attention_arguments as arguments
-from jaxgrad.kernels import attention_tangents
+from jaxgrad.kernels import attention_pallas, attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
 from jaxgrad.kernels.attention_products import dot, dot_heads, dot_rows, logits
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
@@ -57,7 +57,7 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["xla"] | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
     logits_soft_cap: ArrayLike | None = None,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -120,11 +120,11 @@ def dot_product_attention(
     See also:
       :func:`softmax_vjp`, the backward rule of one row.
     """
-    backends.choose(arguments.OF, implementation)
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(
         mode,
+        implementation,
         band,
         return_residual,
         query,
@@ -140,9 +140,10 @@ def dot_product_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _jit(
     mode,
+    implementation,
     band,
     return_residual,
     query,
@@ -161,20 +162,23 @@ def _jit(
     terms = arguments.terms(sizes, q, bias, scale, cap)
     masks = arguments.masks(sizes, mask, query_seq_lengths, key_value_seq_lengths, segment_ids)
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
+    runs, given = attention_pallas.implemented(mode, implementation, *given)
     attention = modes.of(mode, _attention, _attention_twin)
-    o, lse = attention(band, *sharding.lift(given))
+    o, lse = attention(runs, band, *sharding.lift(given))
     return arguments.results(query, o, lse, return_residual)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
+    runs: Implementation, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
-    o, m, excess = _forward(band, q, k, v, terms, masks)
+    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
     return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
 
 
-def _forward(band, q, k, v, terms, masks):
+def _forward(runs, band, q, k, v, terms, masks):
+    if runs != "xla":
+        return attention_pallas.forward(runs, band, q, k, v, terms, masks)
     plan = Plan(q, k, band)
 
     def heads(_, of_heads):
@@ -200,16 +204,19 @@ def _forward(band, q, k, v, terms, masks):
     return plan.over_heads(heads, None, q, k, v)[1]
 
 
-def _fwd(band, q, k, v, terms, masks):
-    o, m, excess = _forward(band, q, k, v, terms, masks)
+def _fwd(runs, band, q, k, v, terms, masks):
+    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
     o, m, excess = checkpoint_name((numerics.narrow(o, like=q), m, excess), arguments.OF)
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 
-def _bwd(band, residuals, bars):
+def _bwd(runs, band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
+    if runs != "xla":
+        given = (q, k, v, terms, masks, o_bar, mean, m, excess)
+        return *attention_pallas.backward(runs, band, *given), None, None
     out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
     return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
 
@@ -254,7 +261,7 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
 
 
 _attention.defvjp(_fwd, _bwd)
-_attention_twin = modes.custom_jvp(_fwd, attention_tangents.push, static=1)
+_attention_twin = modes.custom_jvp(_fwd, attention_tangents.push, static=2)
 
 
 def _with_tile(bars, z_bar, u, tile):
