@@ -24,7 +24,12 @@ Implementation = Literal[
 OTHERS: dict[str, tuple[Implementation, ...]] = {
     "linear_softmax_cross_entropy": ("pallas_tpu", "pallas_interpret"),
     "linear_log_probs": ("pallas_tpu", "pallas_interpret"),
-    "dot_product_attention": ("pallas_gpu", "pallas_gpu_interpret"),
+    "dot_product_attention": (
+        "pallas_tpu",
+        "pallas_interpret",
+        "pallas_gpu",
+        "pallas_gpu_interpret",
+    ),
 }
 
 # The platform that one needs, and the other one that shows anywhere what it computes.

@@ -97,9 +97,11 @@ def backward(
 
 
 def _backend(runs) -> tuple[Any, bool]:
-    from jaxgrad.backends.pallas_gpu import attention as pallas_gpu
-
-    return pallas_gpu, runs.endswith("interpret")
+    if runs.startswith("pallas_gpu"):
+        from jaxgrad.backends.pallas_gpu import attention as backend
+    else:
+        from jaxgrad.backends.pallas_tpu import attention as backend
+    return backend, runs.endswith("interpret")
 
 
 def _once(f):
