@@ -1,11 +1,12 @@
-"""How long a program compiled for a TPU takes by the compiler's own estimate.
+"""How long a program compiled for a TPU takes by the compiler's own count.
 
 The text of the program gives ``estimated_cycles`` for what XLA compiles itself. Those of a loop's
 body count as often as the loop runs, and of the branches of a conditional the longest counts. What
-XLA does not compile, a Mosaic kernel, carries no such number: it is missing from the sum.
+XLA does not compile, a Mosaic kernel, carries no such number; of that, the instruction words count.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 CLOCK_GHZ = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75}  # of a TPU
@@ -16,11 +17,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-_KERNEL = 'custom_call_target="tpu_custom_call"'
+_WORD = re.compile(r"^ *(?:0x[0-9a-f]+|0) *(\w*) *: *(>*) *(\{ .*)$", re.MULTILINE)
+_EXIT = re.compile(r"totalorder %\w+, (\d+) /\* loop exit test")
+_KERNEL = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*custom_call_target="tpu_custom_call"')
 
 
-def estimate(text: str) -> tuple[int, int]:
-    """Cycles of what XLA compiled of a program, and how many calls of kernels are not in them."""
+def estimate(text: str) -> tuple[int, Counter[str]]:
+    """Cycles of what XLA compiled of a program, and how often it calls which Mosaic kernels."""
     lines, entry = _computations(text)
     return _of(lines, entry)
 
@@ -38,14 +41,16 @@ def _computations(text) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _of(lines, name) -> tuple[int, int]:
-    total = kernels = 0
+def _of(lines, name) -> tuple[int, Counter[str]]:
+    total, kernels = 0, Counter()
     for line in lines[name]:
         for times, inner in _inside(lines, line):
-            cycles, calls = max((_of(lines, one) for one in inner), default=(0, 0))
-            total, kernels = total + times * cycles, kernels + times * calls
+            cycles, calls = max((_of(lines, one) for one in inner), key=lambda both: both[0])
+            total += times * cycles
+            kernels.update({kernel: times * n for kernel, n in calls.items()})
         total += sum(map(int, _CYCLES.findall(line)))
-        kernels += _KERNEL in line
+        if kernel := _KERNEL.match(line):
+            kernels[kernel[1]] += 1
     return total, kernels
 
 
@@ -62,3 +67,28 @@ def _inside(lines, line) -> Iterator[tuple[int, list[str]]]:
         yield 1, names
     elif " call(" in line:
         yield 1, [called["to_apply"]]
+
+
+def bundles(text: str) -> int:
+    """Instruction words that a kernel issues, by the text of its last pass: a cycle each, no waits.
+
+    Those of a loop count as often as it runs, as if no step skipped what it may skip.
+    """
+    loops = [[0, 1]]  # words so far, and how often they run: of the kernel, and of loops in loops
+    for word in _WORD.finditer(text):
+        label, depth, rest = word.groups()
+        while len(loops) > len(depth) + 1:
+            _close(loops)
+        if label == "LB":
+            loops.append([0, 1])
+        loops[-1][0] += 1
+        if trips := _EXIT.search(rest):
+            loops[-1][1] = int(trips[1])
+    while len(loops) > 1:
+        _close(loops)
+    return loops[0][0]
+
+
+def _close(loops):
+    words, trips = loops.pop()
+    loops[-1][0] += words * trips

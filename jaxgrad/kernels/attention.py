@@ -87,7 +87,9 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
-      implementation: None or "xla", which are the same: this function, on any device.
+      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu",
+        a kernel for TPU, or "pallas_interpret", which is the same anywhere and slow. Those take no
+        mask and no bias, and have no gradient for scale and soft-cap and no second derivative.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
@@ -101,7 +103,8 @@ def dot_product_attention(
     Raises:
       TypeError: An argument is complex, or not of the kind or dtype above.
       ValueError: An argument does not have the shape above, ``logits_soft_cap`` is not above 0, or
-        ``implementation`` is another: it is never replaced by what there is.
+        ``implementation`` is another.
+      NotImplementedError: ``implementation`` cannot run this call: it is never replaced by another.
 
     Example:
       >>> q, k, v = jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)), jnp.arange(6.0).reshape(3, 1, 2)

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_truth import assert_near, problem, truth, with_gradients
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxgrad import dot_product_attention
-from jaxgrad.backends.pallas_tpu import attention, attention_plan
+from jaxgrad.backends.pallas_tpu import attention_plan
 from jaxgrad.kernels import attention_arguments, attention_pallas
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
-B, T, S = 2, 150, 200  # ragged: two blocks of queries, two of keys
+T, S = 150, 200  # ragged: two blocks of queries, two of keys
 interpreted = functools.partial(
     dot_product_attention, implementation="pallas_interpret", return_residual=True
 )
@@ -25,79 +26,113 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(attention_plan, "LARGEST", (128, 128))
 
 
-def problem(rng, heads, key_heads, width, depth, dtype=jnp.float32, t=T, s=S):
-    """Query, key, value, and the cotangents of output and log-sum-exp."""
-    shapes = (B, t, heads, width), (B, s, key_heads, width), (B, s, key_heads, depth)
-    shapes += (B, t, heads, depth), (B, t, heads)
-    q, k, v, o_bar, l_bar = map(jax.random.normal, jax.random.split(rng, 5), shapes)
-    return tuple(x.astype(dtype) for x in (q, k, v, o_bar)) + (l_bar,)
-
-
-def truth(q, k, v, o_bar, l_bar, seen, cap=None):
-    """Output, log-sum-exp, and the gradients of q, k and v, by the textbook's formulas."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v, o_bar, l_bar = (np.asarray(x, np.float64) for x in (q, k, v, o_bar, l_bar))
-    k_, v_ = np.repeat(k, group, 2), np.repeat(v, group, 2)
-    scale = q.shape[3] ** -0.5
-    tanh = np.tanh(np.einsum("btnh,bsnh->bnts", q, k_) * scale / (cap or 1))
-    z = np.einsum("btnh,bsnh->bnts", q, k_) * scale if cap is None else cap * tanh
-    z = np.where(seen[:, None], z, -np.inf)
-    lse = np.logaddexp.reduce(z, 3, keepdims=True)
-    p = np.exp(z - np.where(lse == -np.inf, 0, lse))
-    p_bar = np.einsum("btnd,bsnd->bnts", o_bar, v_)
-    mean = (p * p_bar).sum(3, keepdims=True) - l_bar.transpose(0, 2, 1)[..., None]
-    z_bar = p * (p_bar - mean) * (1 if cap is None else 1 - tanh**2) * scale
-    summed = lambda x: x.reshape(*k.shape[:3], group, -1).sum(3)
-    return (
-        np.einsum("bnts,bsnd->btnd", p, v_),
-        lse[..., 0].transpose(0, 2, 1),
-        np.einsum("bnts,bsnh->btnh", z_bar, k_),
-        summed(np.einsum("bnts,btnh->bsnh", z_bar, q)),
-        summed(np.einsum("bnts,btnd->bsnd", p, o_bar)),
-    )
-
-
-def with_gradients(f, q, k, v, *bars):
-    @jax.jit
-    def run(q, k, v):
-        out, back = jax.vjp(f, q, k, v)
-        return *out, *back(bars)
-
-    return run(q, k, v)
-
-
-def assert_near(actual, expected, bars):
-    for a, e, bar in zip(actual, expected, bars, strict=True):
-        a, finite = np.asarray(a, np.float64), np.isfinite(e)
-        np.testing.assert_array_equal(a[~finite], e[~finite])
-        assert np.abs(a - e)[finite].max() <= bar * np.abs(e[finite]).max()
-
-
 def test_window_lengths_groups_and_a_soft_cap(rng):
-    given = problem(rng, heads=4, key_heads=2, width=16, depth=24)
-    lengths = {"query_seq_lengths": np.array([T, 9]), "key_value_seq_lengths": np.array([187, 0])}
+    given = problem(rng, t=T, s=S, h=16, d=24)
+    ends, key_ends = np.array([T, 9]), np.array([187, 0])
     options = {"local_window_size": (140, 20), "logits_soft_cap": 2.0}
+    options |= {"query_seq_lengths": ends, "key_value_seq_lengths": key_ends}
     t, s = np.arange(T)[:, None], np.arange(S)
     seen = (t - 140 <= s) & (s <= t + 20)
-    seen = np.stack([seen & (t < n) & (s < m) for n, m in zip(*lengths.values(), strict=True)])
-    out = with_gradients(functools.partial(interpreted, **lengths, **options), *given)
-    assert_near(out, truth(*given, seen, 2.0), [1e-6] * 5)
+    seen = seen & (t < ends[:, None, None, None]) & (s < key_ends[:, None, None, None])
+    out = with_gradients(functools.partial(interpreted, **options), *given)
+    assert_near(out, truth(*given, seen, cap=2.0), 1e-6)
 
 
-def test_bfloat16_causal_segments(rng):
-    given = problem(rng, heads=1, key_heads=1, width=16, depth=16, dtype=jnp.bfloat16, s=T)
+def test_bfloat16_causal_segments_as_in_plain_jax(rng):
+    given = problem(rng, "bfloat16", t=T, s=T, n=1, k=1)
     ids = np.stack([np.arange(T) // 60, np.arange(T) // 149])
-    seen = np.tri(T, dtype=bool) & (ids[:, :, None] == ids[:, None, :])
-    f = functools.partial(interpreted, is_causal=True, segment_ids=ids)
-    out = with_gradients(f, *given)
+    options = {"is_causal": True, "segment_ids": ids}
+    out = with_gradients(functools.partial(interpreted, **options), *given)
     assert [x.dtype for x in out] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
-    assert_near(out, truth(*given, seen), [4e-3, 1e-6, *[4e-3] * 3])
+    f = functools.partial(dot_product_attention, return_residual=True, **options)
+    assert_near(out, [np.float64(x) for x in with_gradients(f, *given)], 4e-3)
 
 
 def test_keys_in_stretches_where_their_gradients_are_too_large(rng, monkeypatch):
     monkeypatch.setattr(attention_plan, "usable", lambda: 2**20)
-    given = problem(rng, heads=2, key_heads=1, width=8, depth=8, t=128, s=300)
-    plan = attention_plan.backward(attention_plan.Plan(B, 1, 2, 128, 300, 8, 8, 4, None, 0))
-    assert plan.grid == (B, 1, 3, 2, 1, 1)
+    given = problem(rng, b=1, t=128, s=300, n=2, k=1, h=8, d=8)
+    plan = attention_plan.backward(attention_plan.Plan(1, 1, 2, 128, 300, 8, 8, 4, None, 0, True))
+    assert plan.grid == (1, 1, 3, 2, 1, 1)
     out = with_gradients(functools.partial(interpreted, is_causal=True), *given)
-    assert_near(out, truth(*given, np.tri(128, 300, dtype=bool)[None]), [1e-6] * 5)
+    assert_near(out, truth(*given, np.tri(128, 300, dtype=bool)), 1e-6)
+
+
+def test_memory_that_nobody_wrote_is_not_read(rng):
+    q, k, v, o_bar, l_bar = problem(rng, t=T, s=S, n=2, k=1, h=16, d=24)
+    ids = np.stack([np.arange(S) // 90, np.arange(S) // 60])
+    sizes = attention_arguments.sizes(q, k)
+    terms = attention_arguments.terms(sizes, q, None, None, None)
+    masks = attention_arguments.masks(sizes, None, None, None, (ids[:, :T], ids))
+    given = (*attention_arguments.by_head(sizes, q, k, v), terms, masks)
+    runs, band = "pallas_tpu", attention_arguments.band(None, True)
+
+    @jax.jit
+    def run(o_bar, l_bar):
+        o, m, excess = attention_pallas.forward(runs, band, *given)
+        mean = (o * o_bar).sum(-1, keepdims=True) - l_bar
+        return attention_pallas.backward(runs, band, *given, o_bar, mean, m, excess)
+
+    by_head = lambda x: attention_arguments.by_head(sizes, x, k, v)[0]
+    interpreter = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    with pltpu.force_tpu_interpret_mode(interpreter):
+        bars = run(by_head(o_bar), by_head(l_bar[..., None]))
+    seen = np.tri(T, S, dtype=bool) & (ids[:, None, :T, None] == ids[:, None, None, :])
+    bars = [x.transpose(0, 3, 1, 2, 4) for x in bars]
+    bars = [x.reshape(*x.shape[:2], -1, x.shape[4]) for x in bars]
+    for bar, exact in zip(bars, truth(q, k, v, o_bar, l_bar, seen)[2:], strict=True):
+        assert np.abs(bar - exact).max() <= 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    [
+        ({"mask": np.ones((T, S), bool)}, "takes no mask"),
+        ({"bias": np.ones((T, S), np.float32)}, "takes no bias"),
+        ({"dtype": "float16"}, "takes float32 or bfloat16, got float16"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(more, why, rng):
+    more = dict(more)
+    *given, _, _ = problem(rng, more.pop("dtype", "float32"), t=T, s=S)
+    with pytest.raises(NotImplementedError, match=f"'pallas_interpret' {why}"):
+        interpreted(*given, **more)
+
+
+@pytest.mark.parametrize(
+    "keys, width, window", [(1024, 128, None), (131072, 256, None), (9, 64, 4)]
+)
+@pytest.mark.parametrize("mebibytes", [128, 64, 16])
+def test_tiles_fit(keys, width, window, mebibytes, monkeypatch):
+    monkeypatch.setattr(attention_plan, "LARGEST", (512, 1024))
+    monkeypatch.setattr(attention_plan, "usable", lambda: int(0.8 * mebibytes * 2**20))
+    plan = attention_plan.Plan(1, 2, 4, keys, keys, width, width, 2, window, window, False)
+    cuts = (attention_plan.forward(plan), 0), (attention_plan.backward(plan), 4 + 2)
+    for cut, bytes_kept in cuts:
+        assert cut.rows % 128 == cut.columns % 128 == 0
+        assert cut.rows * cut.columns >= 128**2
+        kept = bytes_kept * cut.stretch * cut.columns * 2 * width
+        streamed = 2 * 2 * 2 * width * (cut.rows + cut.columns)
+        assert kept + streamed + 4 * cut.rows * cut.columns <= attention_plan.usable()
+        assert cut.grid[2] * cut.stretch >= cut.tiles
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers_for_a_tpu_on_any_machine(dtype):
+    device = jax.sharding.AbstractDevice(platform="tpu", device_kind="TPU v5e", num_cores=1)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    ids = jax.ShapeDtypeStruct((1, 1000), jnp.int32)
+
+    def f(q, k, v, ids):
+        options = {"implementation": "pallas_tpu", "logits_soft_cap": 30.0, "segment_ids": ids}
+        lengths = {"query_seq_lengths": ids[:, 7], "key_value_seq_lengths": ids[:, 3]}
+        window = {"local_window_size": (200, 0)}
+        o = dot_product_attention(q, k, v, **options, **lengths, **window)
+        return o.astype(jnp.float32).sum()
+
+    q, k = shape((1, 1000, 4, 64)), shape((1, 1000, 2, 64))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(f, (0, 1, 2))).trace(q, k, k, ids)
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("stablehlo.custom_call @tpu_custom_call") == 2
+    assert "1000x1000" not in program

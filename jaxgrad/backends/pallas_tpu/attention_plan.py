@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgrad.backends.pallas_tpu.tiles import LANES, LIVE, usable
+from jaxgrad.backends.pallas_tpu.tiles import LANES, LIVE, SMALLEST, usable
 
 LARGEST = (512, 1024)  # tile: queries, keys
 
@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     itemsize: int
     left: int | None  # keys that a query sees before its own index; None: all
     right: int | None
+    interpret: Any  # as ``pallas_call`` takes it
     rows: int = 0  # of a tile: queries
     columns: int = 0  # of a tile: keys
     stretch: int = 0  # tiles of keys whose gradients stay at a time
@@ -49,7 +50,10 @@ class Plan(NamedTuple):
         if self.left is not None and self.right is not None:
             seen = max(self.rows + self.left + self.right, 1)
             steps = min(steps, (seen + self.columns - 2) // self.columns + 1)
-        stretches, blocks = math.ceil(self.tiles / self.stretch), math.ceil(self.queries / self.rows)
+        stretches, blocks = (
+            math.ceil(self.tiles / self.stretch),
+            math.ceil(self.queries / self.rows),
+        )
         return self.batch, self.heads, stretches, self.group, blocks, steps
 
     def span(self, stretch: Any, block: Any) -> tuple[Array, Array]:
@@ -62,15 +66,6 @@ class Plan(NamedTuple):
             last = jnp.minimum(last, (row + self.rows - 1 + self.right) // self.columns)
         return first, last
 
-    def whole(self, row: Any, column: Any) -> list[Any]:
-        """What all must hold for each query of a tile to see each key of it in the band."""
-        holds = []
-        if self.left is not None:
-            holds.append(row + self.rows - 1 - self.left <= column)
-        if self.right is not None:
-            holds.append(column + self.columns - 1 <= row + self.right)
-        return holds
-
 
 def forward(cut: Plan) -> Plan:
     """``cut`` with the largest tiles that VMEM holds."""
@@ -81,13 +76,12 @@ def forward(cut: Plan) -> Plan:
 def backward(cut: Plan) -> Plan:
     """The same, and as long a stretch of keys as there is room for."""
     cuts = list(_cuts(cut))
-    of_all = lambda cut: _backward_bytes(cut) + cut.tiles * _kept_bytes(cut)
-    for cut in cuts[: max(1, len(cuts) - 2)]:
-        if of_all(cut) <= usable():
+    room = lambda cut: (usable() - _backward_bytes(cut)) // _kept_bytes(cut)  # in tiles
+    for cut in cuts:
+        if room(cut) >= cut.tiles and cut.rows * cut.columns >= SMALLEST:
             return cut._replace(stretch=cut.tiles)
-    room = lambda cut: max(1, (usable() - _backward_bytes(cut)) // _kept_bytes(cut))
     cut = next((cut for cut in cuts if room(cut) > 1), cuts[-1])
-    stretches = math.ceil(cut.tiles / room(cut))
+    stretches = math.ceil(cut.tiles / max(1, room(cut)))
     return cut._replace(stretch=math.ceil(cut.tiles / stretches))
 
 
