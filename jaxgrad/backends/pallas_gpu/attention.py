@@ -69,9 +69,10 @@ def forward(
             z, _ = _logits(entry, band, x, z, rows, keys, g, edge)
             m_new = jnp.maximum(m, z.max(1))
             e = _exp(numerics.below_max(z, m_new[:, None]))
-            _, excess = numerics.merge(m, excess, m_new, e.sum(1) - 1)
-            o *= _exp(numerics.below_max(m, m_new))[:, None]
-            return o + _dot(e.astype(v.dtype), v), m_new, excess
+            before, s = _exp(numerics.below_max(m, m_new)), e.sum(1)
+            # As ``numerics.merge``, by the exponential that the output needs too.
+            excess = jnp.where(m == m_new, excess + s, (s - 1) + (1 + excess) * before)
+            return o * before[:, None] + _dot(e.astype(v.dtype), v), m_new, excess
 
         row = jnp.zeros(rows.size, jnp.float32)
         o = jnp.zeros((rows.size, blocks.padded(d)), jnp.float32)
