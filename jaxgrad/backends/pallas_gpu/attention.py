@@ -151,7 +151,7 @@ def _of_keys(entry, band, x, interpret):
 
         seen = _queries_that_see(band, cut, x, keys, t)
         zeros = lambda n: jnp.zeros((keys.size, blocks.padded(n)), jnp.float32)
-        k_bar, v_bar = lax.fori_loop(0, group, of_head, (zeros(h), zeros(d)))
+        k_bar, v_bar = lax.fori_loop(jnp.int32(0), jnp.int32(group), of_head, (zeros(h), zeros(d)))
         store(out[0], k_bar * x.terms.scale[...], keys, blocks.whole(h))
         store(out[1], v_bar, keys, blocks.whole(d))
 
@@ -236,7 +236,7 @@ def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
 
     def tile(ref):
         heads, queries, columns = ref.shape
-        z = load(ref, g if heads > 1 else 0, rows.of(queries), keys.of(columns))
+        z = load(ref, lax.rem(g, heads), rows.of(queries), keys.of(columns))
         return z.T if by_key else z
 
     bias, scale, cap = x.terms

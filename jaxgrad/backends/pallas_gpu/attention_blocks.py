@@ -147,7 +147,8 @@ def span(
 def load(ref: Any, *at: Any, other: Any = 0) -> Any:
     """What is held at a place or a ``Side`` of each axis, ``other`` beyond the end."""
     mask = _inside(at)
-    return plgpu.load(ref.at[_index(at)], mask=mask, other=None if mask is None else other)
+    fill = None if mask is None else jnp.asarray(other, ref.dtype)
+    return plgpu.load(ref.at[_index(at)], mask=mask, other=fill)
 
 
 def store(ref: Any, value: Any, *at: Any) -> None:
