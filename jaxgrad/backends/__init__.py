@@ -1,10 +1,12 @@
 """Which implementation runs a kernel: decided here and nowhere else.
 
-================  ==================================================================================
-xla               plain JAX, for any device; alone in having every option and every derivative
-pallas_tpu        Pallas, for TPU
-pallas_interpret  the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
-================  ==================================================================================
+====================  ==============================================================================
+xla                   plain JAX, for any device; alone in having every option and every derivative
+pallas_tpu            Pallas, for TPU
+pallas_gpu            Pallas Triton, for GPU
+pallas_interpret      the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
+pallas_gpu_interpret  that of ``pallas_gpu``
+====================  ==============================================================================
 
 Nothing is chosen unasked that was not measured to be better on that device. What is asked for by
 name is what runs, or an error tells why it cannot: nothing else takes its place.
@@ -14,12 +16,28 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_interpret"]
+Implementation = Literal[
+    "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret"
+]
+_EVERY = ("pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret")
 
 # What each function has besides "xla".
 OTHERS: dict[str, tuple[Implementation, ...]] = {
-    "linear_softmax_cross_entropy": ("pallas_tpu", "pallas_interpret"),
-    "linear_log_probs": ("pallas_tpu", "pallas_interpret"),
+    "linear_softmax_cross_entropy": _EVERY,
+    "linear_log_probs": _EVERY,
+}
+
+
+class Device(NamedTuple):
+    """What a kernel was written for, and what runs it anywhere."""
+
+    platform: str
+    interpreter: Implementation
+
+
+DEVICES: dict[str, Device] = {
+    "pallas_tpu": Device("tpu", "pallas_interpret"),
+    "pallas_gpu": Device("gpu", "pallas_gpu_interpret"),
 }
 
 
@@ -48,8 +66,12 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
     if not isinstance(implementation, str) or implementation not in ("xla", *others):
         names = " or ".join(repr(name) for name in (None, "xla", *others))
         raise ValueError(f"{of}: implementation must be {names}, got {implementation!r}")
-    if implementation == "pallas_tpu" and platform() != "tpu":
-        obstacle = f"needs a TPU, got {platform()}; 'pallas_interpret' runs it anywhere, slowly"
+    device = DEVICES.get(implementation)
+    if device is not None and platform() != device.platform:
+        obstacle = (
+            f"needs a {device.platform.upper()}, got {platform()}; "
+            f"{device.interpreter!r} runs it anywhere, slowly"
+        )
     if implementation != "xla" and obstacle is not None:
         raise NotImplementedError(f"{of}: implementation={implementation!r} {obstacle}")
     return Choice(cast(Implementation, implementation), "asked for")
@@ -68,6 +90,7 @@ def platform() -> str:
 def _why_xla(others):
     if not others:
         return "there is no other"
-    if platform() != "tpu":
+    here = [name for name in others if name in DEVICES and DEVICES[name].platform == platform()]
+    if not here:
         return f"no other runs on {platform()}"
-    return "no other was measured to be faster; implementation='pallas_tpu' tries one"
+    return f"no other was measured to be faster; implementation={here[0]!r} tries one"
