@@ -174,10 +174,11 @@ def below_max(x: Array, m: Array) -> Array:
     return widen(x) - jnp.where(m == -jnp.inf, 0, m)
 
 
-def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
+def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) -> Array:
     """Excess of (1), by (3) where one entry wins; ``below()`` gives x - m.
 
-    ``below`` is a function so that each sum fuses with a subtraction of its own.
+    ``below`` is a function so that each sum fuses with a subtraction of its own. ``branches``:
+    whether to compute (3) only if it is needed, where that pays.
     """
     excess = jnp.exp(below()).sum(axis, keepdims=True) - 1
 
@@ -185,7 +186,7 @@ def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
         e = jnp.exp(below())
         return jnp.where(won(excess), (e * lost(e)).sum(axis, keepdims=True), excess)
 
-    return if_any(won(excess), others, lambda: excess)
+    return if_any(won(excess), others, lambda: excess) if branches else others()
 
 
 def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array]) -> Array:

@@ -3,9 +3,9 @@
 ====================  ==============================================================================
 xla                   plain JAX, for any device; alone in having every option and every derivative
 pallas_tpu            Pallas, for TPU
+pallas_gpu            Pallas Triton, for GPU
 pallas_interpret      the kernel of ``pallas_tpu`` on any device, slowly, to see what it computes
-pallas_gpu            Pallas, by way of Triton, for GPU
-pallas_gpu_interpret  the kernel of ``pallas_gpu``, likewise
+pallas_gpu_interpret  that of ``pallas_gpu``
 ====================  ==============================================================================
 
 Nothing is chosen unasked that was not measured to be better on that device. What is asked for by
@@ -17,23 +17,29 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 
 Implementation = Literal[
-    "xla", "pallas_tpu", "pallas_interpret", "pallas_gpu", "pallas_gpu_interpret"
+    "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret"
 ]
+_EVERY = ("pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret")
 
 # What each function has besides "xla".
 OTHERS: dict[str, tuple[Implementation, ...]] = {
-    "linear_softmax_cross_entropy": ("pallas_tpu", "pallas_interpret"),
-    "linear_log_probs": ("pallas_tpu", "pallas_interpret"),
-    "dot_product_attention": (
-        "pallas_tpu",
-        "pallas_interpret",
-        "pallas_gpu",
-        "pallas_gpu_interpret",
-    ),
+    "linear_softmax_cross_entropy": _EVERY,
+    "linear_log_probs": _EVERY,
+    "dot_product_attention": _EVERY,
 }
 
-# The platform that one needs, and the other one that shows anywhere what it computes.
-NEEDS = {"pallas_tpu": ("tpu", "pallas_interpret"), "pallas_gpu": ("gpu", "pallas_gpu_interpret")}
+
+class Device(NamedTuple):
+    """What a kernel was written for, and what runs it anywhere."""
+
+    platform: str
+    interpreter: Implementation
+
+
+DEVICES: dict[str, Device] = {
+    "pallas_tpu": Device("tpu", "pallas_interpret"),
+    "pallas_gpu": Device("gpu", "pallas_gpu_interpret"),
+}
 
 
 class Choice(NamedTuple):
@@ -61,10 +67,11 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
     if not isinstance(implementation, str) or implementation not in ("xla", *others):
         names = " or ".join(repr(name) for name in (None, "xla", *others))
         raise ValueError(f"{of}: implementation must be {names}, got {implementation!r}")
-    needed, shown_by = NEEDS.get(implementation, (None, None))
-    if needed is not None and platform() != needed:
+    device = DEVICES.get(implementation)
+    if device is not None and platform() != device.platform:
         obstacle = (
-            f"needs a {needed.upper()}, got {platform()}; {shown_by!r} runs it anywhere, slowly"
+            f"needs a {device.platform.upper()}, got {platform()}; "
+            f"{device.interpreter!r} runs it anywhere, slowly"
         )
     if implementation != "xla" and obstacle is not None:
         raise NotImplementedError(f"{of}: implementation={implementation!r} {obstacle}")
@@ -84,7 +91,7 @@ def platform() -> str:
 def _why_xla(others):
     if not others:
         return "there is no other"
-    here = [name for name in others if NEEDS.get(name, [None])[0] == platform()]
+    here = [name for name in others if name in DEVICES and DEVICES[name].platform == platform()]
     if not here:
         return f"no other runs on {platform()}"
     return f"no other was measured to be faster; implementation={here[0]!r} tries one"

@@ -69,9 +69,10 @@ def forward(
             z, _ = _logits(entry, band, x, z, rows, keys, g, edge)
             m_new = jnp.maximum(m, z.max(1))
             e = _exp(numerics.below_max(z, m_new[:, None]))
-            _, excess = numerics.merge(m, excess, m_new, e.sum(1) - 1)
-            o *= _exp(numerics.below_max(m, m_new))[:, None]
-            return o + _dot(e.astype(v.dtype), v), m_new, excess
+            before, s = _exp(numerics.below_max(m, m_new)), e.sum(1)
+            # As ``numerics.merge``, by the exponential that the output needs too.
+            excess = jnp.where(m == m_new, excess + s, (s - 1) + (1 + excess) * before)
+            return o * before[:, None] + _dot(e.astype(v.dtype), v), m_new, excess
 
         row = jnp.zeros(rows.size, jnp.float32)
         o = jnp.zeros((rows.size, blocks.padded(d)), jnp.float32)
@@ -150,7 +151,7 @@ def _of_keys(entry, band, x, interpret):
 
         seen = _queries_that_see(band, cut, x, keys, t)
         zeros = lambda n: jnp.zeros((keys.size, blocks.padded(n)), jnp.float32)
-        k_bar, v_bar = lax.fori_loop(0, group, of_head, (zeros(h), zeros(d)))
+        k_bar, v_bar = lax.fori_loop(jnp.int32(0), jnp.int32(group), of_head, (zeros(h), zeros(d)))
         store(out[0], k_bar * x.terms.scale[...], keys, blocks.whole(h))
         store(out[1], v_bar, keys, blocks.whole(d))
 
@@ -235,7 +236,7 @@ def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
 
     def tile(ref):
         heads, queries, columns = ref.shape
-        z = load(ref, g if heads > 1 else 0, rows.of(queries), keys.of(columns))
+        z = load(ref, lax.rem(g, heads), rows.of(queries), keys.of(columns))
         return z.T if by_key else z
 
     bias, scale, cap = x.terms

@@ -18,8 +18,8 @@ WIDEST = 256  # head: wider ones would not fit in registers
 # Queries, keys, warps and stages of the pipeline, by the padded size of a head and for whom.
 SIZES = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-    "queries": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-    "keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    "queries": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
 }
 SIZES_FLOAT32 = {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 1)}
 
@@ -125,22 +125,21 @@ def span(
       masked: Whether any entry may be hidden by what is not known here.
     """
     before, after = sees
-    low, high, last = own.first, own.first + 1, own.first + own.size - 1
-    end = length if limit is None else jnp.minimum(length, limit)
+    end = lax.full((), length, jnp.int32) if limit is None else jnp.minimum(length, limit)
+    own_last = own.first + (own.size - 1)
     clip = lambda x: jnp.minimum(jnp.maximum(x, 0), end)
-    low, all_low = (0, 0) if before is None else (clip(low - before), clip(last - before))
-    all_high, high = (end, end) if after is None else (clip(high + after), clip(last + 1 + after))
+    zero = jnp.zeros_like(end)
+    low, all_low = (zero, zero) if before is None else map(clip, (own.first - before, own_last - before))
+    high, all_high = (end, end) if after is None else map(clip, (own_last + (after + 1), own.first + (after + 1)))
     if own_limit is not None:
         high = jnp.where(own.first < own_limit, high, low)
-        all_high = jnp.where(last < own_limit, all_high, 0)
-    up = lambda x: lax.div(jnp.int32(x) + (size - 1), jnp.int32(size))
-    first = lax.div(jnp.int32(low), jnp.int32(size))
-    last = jnp.where(jnp.int32(low) < high, up(high), first)
-    all_first = jnp.minimum(jnp.maximum(up(all_low), first), last)
-    all_last = lax.div(jnp.int32(all_high), jnp.int32(size))
-    all_last = jnp.minimum(jnp.maximum(all_last, all_first), last)
-    if masked:
-        all_last = all_first
+        all_high = jnp.where(own_last < own_limit, all_high, zero)
+    down = lambda x: lax.div(x, jnp.int32(size))
+    up = lambda x: down(x + (size - 1))
+    first = down(low)
+    last = jnp.where(low < high, up(high), first)
+    all_first = jnp.clip(up(all_low), first, last)
+    all_last = all_first if masked else jnp.clip(down(all_high), all_first, last)
     bounded = (before, after, limit, own_limit) != (None,) * 4 or length % size != 0
     return Span(first, all_first, all_last, last, size, length, (not masked, masked or bounded))
 
@@ -148,7 +147,8 @@ def span(
 def load(ref: Any, *at: Any, other: Any = 0) -> Any:
     """What is held at a place or a ``Side`` of each axis, ``other`` beyond the end."""
     mask = _inside(at)
-    return plgpu.load(ref.at[_index(at)], mask=mask, other=None if mask is None else other)
+    fill = None if mask is None else jnp.asarray(other, ref.dtype)
+    return plgpu.load(ref.at[_index(at)], mask=mask, other=fill)
 
 
 def store(ref: Any, value: Any, *at: Any) -> None:

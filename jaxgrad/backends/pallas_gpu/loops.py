@@ -1,0 +1,232 @@
+"""Loops over the tiles of x w, [t, d] × [d, v], as Pallas kernels for GPU, by way of Triton.
+
+A program computes the logits of a tile in registers, chunk of d by chunk of d, and a body of plain
+JAX reads them there. Programs share nothing:
+
+    sums:    a program for some tokens × a range of classes; its sums over these classes go out
+    x̄:       a program for a tile, which goes out
+
+Products with x̄ are left to the library that is there for them.
+
+JAX has deprecated this way to Triton with version 0.11, in which it still works.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxgrad.backends.pallas_gpu import tiles
+
+Product = Callable[[Array, Array], Array]
+
+
+class Operands(NamedTuple):
+    """What a loop reads. Its body is given ``rows`` and ``scalars`` alone, cut to a tile."""
+
+    x: Any  # [t, d]
+    w: Any  # [d, v], or [v, d]
+    bias: Any  # [v], or None
+    rows: Any  # arrays of [t, 1]
+    scalars: Any  # arrays of []
+
+
+def sums(
+    start: Callable[[int], Any],
+    product: Product,
+    body: Callable[..., Any],
+    operands: Operands,
+    vocab_axis: int,
+    tile: tuple[int, int] | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Sums over classes: ``carry = body(carry, logits, rows, scalars, column, where)`` at a tile.
+
+    Args:
+      start: The carry for so many tokens before any class: arrays of [tokens, 1].
+      product: Of x and w, some tokens × some classes for some of the features.
+      body: Given the logits of a tile, what there is of its tokens, the first class of it, and
+        which of its entries exist, ``bool[tokens, classes]``, None for all.
+      operands: Of the whole.
+      vocab_axis: The axis of ``operands.w`` that counts classes.
+      tile: Tokens and classes of a tile; None to choose.
+      interpret: Whether to run it in Pallas's interpreter.
+
+    Returns:
+      The carries of ranges of classes, from the first on: arrays of [ranges, t, 1]. Their number is
+      a power of two.
+    """
+    plan = _plan("sums", operands, vocab_axis, tile)
+    per_split = -(-plan.tiles[1] // plan.splits)
+
+    def kernel(operands, out):
+        i, split = pl.program_id(0), pl.program_id(1)
+        rows, scalars = _read_rows(plan, operands, i)
+
+        def visit(j, carry):
+            logits = _logits(plan, product, operands, vocab_axis, i, j)
+            where = _before(plan.v, plan.classes, j, logits.shape, 1)
+            return body(carry, logits, rows, scalars, j * plan.classes, where)
+
+        first = split * per_split
+        last = jnp.minimum(first + per_split, plan.tiles[1])
+        carry = lax.fori_loop(first, last, visit, start(plan.tokens))
+        for ref, z in zip(jax.tree.leaves(out), jax.tree.leaves(carry), strict=True):
+            ref[...] = z[:, 0]
+
+    zero = jax.eval_shape(lambda: start(plan.tokens))
+    padded = plan.tiles[0] * plan.tokens
+    out = _call(
+        kernel,
+        plan,
+        operands,
+        interpret,
+        grid=(plan.tiles[0], plan.splits),
+        out_shape=jax.tree.map(
+            lambda z: jax.ShapeDtypeStruct((plan.splits, padded), z.dtype), zero
+        ),
+        out_specs=jax.tree.map(
+            lambda _: pl.BlockSpec((None, plan.tokens), lambda i, split: (split, i)), zero
+        ),
+    )
+    return jax.tree.map(lambda z: z[:, : plan.t, None], out)
+
+
+def bars(
+    product: Product,
+    body: Callable[..., Array],
+    operands: Operands,
+    dtype: Any,
+    sums_columns: bool,
+    vocab_axis: int,
+    tile: tuple[int, int] | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array | None]:
+    """x̄ of all tokens and classes, ``body(logits, rows, scalars, column, where)`` at each tile.
+
+    Args:
+      product: As in :func:`sums`, and so are the others.
+      body: Gives float32.
+      dtype: Of x̄.
+      sums_columns: Whether to return Σ x̄ over tokens too, which no rounding of x̄ enters.
+    """
+    plan = _plan("bars", operands, vocab_axis, tile)
+
+    def kernel(operands, out):
+        i, j = pl.program_id(0), pl.program_id(1)
+        rows, scalars = _read_rows(plan, operands, i)
+        logits = _logits(plan, product, operands, vocab_axis, i, j)
+        inside = (
+            _before(plan.t, plan.tokens, i, logits.shape, 0),
+            _before(plan.v, plan.classes, j, logits.shape, 1),
+        )
+        x_bar = body(logits, rows, scalars, j * plan.classes, inside[1])
+        where = _all(*inside)
+        plgpu.store(out[0], x_bar.astype(dtype), mask=where)
+        if sums_columns:
+            x_bar = x_bar if where is None else jnp.where(where, x_bar, 0)
+            out[1][...] = x_bar.sum(0)
+
+    rows, columns = plan.tiles
+    x_bar = jax.ShapeDtypeStruct((plan.t, plan.v), dtype)
+    total = jax.ShapeDtypeStruct((rows, columns * plan.classes), jnp.float32)
+    x_bar, totals = _call(
+        kernel,
+        plan,
+        operands,
+        interpret,
+        grid=plan.tiles,
+        out_shape=(x_bar, total if sums_columns else None),
+        out_specs=(
+            pl.BlockSpec((plan.tokens, plan.classes), lambda i, j: (i, j)),
+            pl.BlockSpec((None, plan.classes), lambda i, j: (i, j)) if sums_columns else None,
+        ),
+    )
+    return x_bar, totals.sum(0)[: plan.v] if sums_columns else None
+
+
+def _plan(name, operands, vocab_axis, tile):
+    (t, d), v = operands.x.shape, operands.w.shape[vocab_axis]
+    itemsize = max(operands.x.dtype.itemsize, operands.w.dtype.itemsize)
+    return tiles.plan(name, t, d, v, itemsize, tile)
+
+
+def _call(kernel, plan, operands, interpret, grid, out_shape, out_specs):
+    inputs = operands._replace(
+        rows=jax.tree.map(lambda z: z[:, 0], operands.rows),
+        scalars=jax.tree.map(lambda z: z.reshape(1), operands.scalars),
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=(jax.tree.map(_whole, inputs),),
+        out_specs=(out_specs,),
+        out_shape=(out_shape,),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
+        interpret=interpret,
+    )(inputs)[0]
+
+
+def _whole(z):  # addresses are computed in the kernel, and what lies beyond the end is masked there
+    return pl.BlockSpec(z.shape, lambda *_: (0,) * len(z.shape))
+
+
+def _read_rows(plan, operands, i):
+    where = _before(plan.t, plan.tokens, i, (plan.tokens,), 0)
+    here = pl.ds(i * plan.tokens, plan.tokens)
+    rows = jax.tree.map(lambda ref: _load(ref.at[here], where)[:, None], operands.rows)
+    return rows, jax.tree.map(lambda ref: ref[0], operands.scalars)
+
+
+def _logits(plan, product, operands, vocab_axis, i, j):
+    """x w + b of a tile; that of no features and no classes, 0, where it reaches beyond the end."""
+    rows, columns = pl.ds(i * plan.tokens, plan.tokens), pl.ds(j * plan.classes, plan.classes)
+    of_w = (plan.features, plan.classes) if vocab_axis == 1 else (plan.classes, plan.features)
+
+    def chunk(k, total):
+        features = pl.ds(k * plan.features, plan.features)
+        x = _load(
+            operands.x.at[rows, features],
+            _before(plan.t, plan.tokens, i, (plan.tokens, plan.features), 0),
+            _before(plan.d, plan.features, k, (plan.tokens, plan.features), 1),
+        )
+        w = _load(
+            operands.w.at[(features, columns) if vocab_axis == 1 else (columns, features)],
+            _before(plan.v, plan.classes, j, of_w, vocab_axis),
+            _before(plan.d, plan.features, k, of_w, 1 - vocab_axis),
+        )
+        return total + product(x, w)
+
+    zero = jnp.zeros((plan.tokens, plan.classes), jnp.float32)
+    logits = lax.fori_loop(0, plan.chunks, chunk, zero)
+    if operands.bias is None:
+        return logits
+    bias = _load(
+        operands.bias.at[columns], _before(plan.v, plan.classes, j, (plan.classes,), 0)
+    )
+    return logits + bias[None, :]
+
+
+def _load(ref, *inside):
+    where = _all(*inside)
+    if where is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=where, other=jnp.zeros((), ref.dtype))
+
+
+def _all(*masks):
+    masks = [mask for mask in masks if mask is not None]
+    return functools.reduce(operator.and_, masks) if masks else None
+
+
+def _before(total, size, k, shape, axis):
+    """Which entries of block ``k`` of that ``size`` exist; None for all, where it divides."""
+    if total % size == 0:
+        return None
+    return lax.broadcasted_iota(jnp.int32, shape, axis) < total - k * size

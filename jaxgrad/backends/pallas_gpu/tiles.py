@@ -1,0 +1,87 @@
+"""How the tiles of the fused head are cut on a GPU: from its shapes and dtypes.
+
+A program holds the float32 logits of one tile in registers, and chunks of d in shared memory,
+``stages`` of them under way. Sides are powers of two, as Triton wants them, and products have none
+below 16. A tile that is smaller than the largest leaves fewer idle lanes where there is less to do.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+SMALLEST = 16  # side of a product
+PROGRAMS = 4096  # of the forward: more than enough to fill a chip evenly, a few numbers a row each
+BLOCK_BYTES = 128 * 2**20  # of x̄, for all tokens and a block of classes
+
+
+class Tile(NamedTuple):
+    """The largest tile, and how it is worked on."""
+
+    tokens: int
+    classes: int
+    feature_bytes: int  # of a row of a chunk of d
+    warps: int
+    stages: int
+
+
+LARGEST = {
+    "sums": Tile(128, 128, 128, warps=4, stages=3),
+    "bars": Tile(128, 128, 128, warps=4, stages=3),
+}
+
+
+class Plan(NamedTuple):
+    """Sizes, and how they are cut."""
+
+    t: int
+    d: int
+    v: int
+    tokens: int  # of a tile
+    classes: int
+    features: int
+    warps: int
+    stages: int
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """How many there are along tokens, and along classes."""
+        return math.ceil(self.t / self.tokens), math.ceil(self.v / self.classes)
+
+    @property
+    def chunks(self) -> int:
+        """How many there are along d."""
+        return math.ceil(self.d / self.features)
+
+    @property
+    def splits(self) -> int:
+        """Into how many ranges of tiles classes are cut, a power of two."""
+        rows, columns = self.tiles
+        wanted = min(columns, max(1, PROGRAMS // rows))
+        return 2 ** math.floor(math.log2(wanted))
+
+
+def plan(name: str, t: int, d: int, v: int, itemsize: int, tile: tuple[int, int] | None) -> Plan:
+    """The sizes of a loop, and the tile that is asked for or the largest that is of use."""
+    largest = LARGEST[name]
+    tokens, classes = tile or (_side(t, largest.tokens), _side(v, largest.classes))
+    features = _side(d, largest.feature_bytes // itemsize)
+    return Plan(t, d, v, tokens, classes, features, largest.warps, largest.stages)
+
+
+def obstacle(tile: Any) -> str | None:
+    """Why this is no tile; None if it is one."""
+    if tile is None or (isinstance(tile, tuple) and all(_is_side(size) for size in tile)):
+        return None
+    return f"takes chunk_size=(tokens, classes), powers of two from {SMALLEST} on, got {tile}"
+
+
+def block(t: int, v: int, itemsize: int) -> int:
+    """How many classes of x̄ are in memory at a time, at the most."""
+    return min(v, max(SMALLEST, BLOCK_BYTES // (itemsize * t)))
+
+
+def _side(total, largest):
+    return max(SMALLEST, min(largest, 2 ** math.ceil(math.log2(total))))
+
+
+def _is_side(size):
+    return size >= SMALLEST and size & (size - 1) == 0
