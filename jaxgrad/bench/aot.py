@@ -97,9 +97,10 @@ def _compile(target: str, f: Callable, arguments: Any, device: Any) -> str:
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(f, in_shardings=one, out_shardings=one).lower(*arguments).compile()
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    seconds = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
     peak = getattr(memory, "peak_memory_in_bytes", None)
-    count, calls = cycles.estimate(compiled.as_text())
+    count, calls = cycles.estimate(compiled.as_text() or "")
     words = [times * _words(kernel) for kernel, times in calls.items()]
     clock = cycles.CLOCK_GHZ.get(target)
     ms = lambda count: "" if clock is None else f"{count / clock / 1e6:.1f}"

@@ -50,8 +50,8 @@ def test_bfloat16_causal_segments_as_in_plain_jax(rng):
 def test_keys_in_stretches_where_their_gradients_are_too_large(rng, monkeypatch):
     monkeypatch.setattr(attention_plan, "usable", lambda: 15 * 2**17)
     given = problem(rng, b=1, t=128, s=400, n=2, k=1, h=8, d=8)
-    plan = attention_plan.backward(attention_plan.Plan(1, 1, 2, 128, 400, 8, 8, 4, None, None, True))
-    assert plan.grid == (1, 1, 2, 2, 1, 2)
+    plan = attention_plan.Plan(1, 1, 2, 128, 400, 8, 8, 4, None, None, True)
+    assert attention_plan.backward(plan).grid == (1, 1, 2, 2, 1, 2)
     assert_near(with_gradients(interpreted, *given), truth(*given), 1e-6)
 
 

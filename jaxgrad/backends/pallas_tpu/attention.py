@@ -165,8 +165,8 @@ def backward(
 def _plan(band, q, k, v, interpret):
     batch, heads, group, queries, width = q.shape
     keys, depth = v.shape[3:]
-    itemsize = q.dtype.itemsize
-    return Plan(batch, heads, group, queries, keys, width, depth, itemsize, *band, interpret)
+    sizes = (batch, heads, group, queries, keys, width, depth, q.dtype.itemsize)
+    return Plan(*sizes, left=band.left, right=band.right, interpret=interpret)
 
 
 def _operands(plan, given, at):

@@ -135,10 +135,8 @@ def of_rows(plan: Plan) -> pl.BlockSpec:
 def limits(plan: Plan, masks: Any) -> tuple[Any, Any]:
     """How many queries and keys there are, in this entry of the batch."""
     b = pl.program_id(0)
-    return tuple(
-        total if lengths is None else jnp.minimum(lengths[b], total)
-        for total, lengths in ((plan.queries, masks.query_length), (plan.keys, masks.key_length))
-    )
+    least = lambda lengths, total: total if lengths is None else jnp.minimum(lengths[b], total)
+    return least(masks.query_length, plan.queries), least(masks.key_length, plan.keys)
 
 
 def visit(plan: Plan, limits: tuple[Any, Any], body: Callable[[At], None]) -> None:
@@ -149,7 +147,7 @@ def visit(plan: Plan, limits: tuple[Any, Any], body: Callable[[At], None]) -> No
     pl.when((at.tile <= last) & (at.row < limits[0]) & (at.column < limits[1]))(lambda: body(at))
 
 
-def each_tile(plan: Plan, body: Callable[[Any], None]) -> None:
+def each_tile(plan: Plan, body: Callable[[Any], Any]) -> None:
     """Run ``body`` on the place of each tile in a stretch of keys."""
 
     def step(n, _):
