@@ -63,7 +63,7 @@ def run(
     """Run ``kernel(given, out, scratch)`` at each step of the grid.
 
     Args:
-      given: References to what is read.
+      given: What the kernel reads; it gets references to the part of a step.
       outputs: Pairs of a ``ShapeDtypeStruct`` and its ``BlockSpec``.
       scratch: Shapes of float32 arrays in VMEM that stay from step to step.
       products: How many products of matrices a tile takes.
