@@ -5,7 +5,7 @@ import numpy as np
 
 
 def truth(q, k, v, o_bar, l_bar, seen=None, cap=None, bias=0.0, scale=None):
-    """Output, log-sum-exp, and the gradients of q, k and v; ``seen`` is bool[B | 1, N | 1, T, S]."""
+    """Output, log-sum-exp, gradients of q, k and v; ``seen`` is bool[B | 1, N | 1, T, S]."""
     group = q.shape[2] // k.shape[2]
     q, k, v, o_bar, l_bar, bias = (np.asarray(x, np.float64) for x in (q, k, v, o_bar, l_bar, bias))
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -52,5 +52,5 @@ def assert_near(actual, expected, bar):
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a, finite = np.asarray(a, np.float64), np.isfinite(e)
         np.testing.assert_array_equal(a[~finite], e[~finite])
-        error = np.abs(a - e)[finite].max() / np.abs(e[finite]).max()
+        error = np.abs(a[finite] - e[finite]).max() / np.abs(e[finite]).max()
         assert error <= (1e-6 if i == 1 else bar), (i, error)

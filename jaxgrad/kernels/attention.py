@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
-from jaxgrad.backends import Implementation
+from jaxgrad.backends import Choice, Implementation
 from jaxgrad.kernels import attention_arguments as arguments
 from jaxgrad.kernels import attention_pallas, attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
@@ -170,15 +170,12 @@ def _jit(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    runs: Implementation, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
+    runs: Choice, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
-    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
-    return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
+    return _fwd(runs, band, q, k, v, terms, masks)[0]
 
 
-def _forward(runs, band, q, k, v, terms, masks):
-    if runs != "xla":
-        return attention_pallas.forward(runs, band, q, k, v, terms, masks)
+def _forward(band, q, k, v, terms, masks):
     plan = Plan(q, k, band)
 
     def heads(_, of_heads):
@@ -204,20 +201,19 @@ def _forward(runs, band, q, k, v, terms, masks):
     return plan.over_heads(heads, None, q, k, v)[1]
 
 
-def _fwd(runs, band, q, k, v, terms, masks):
-    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
-    o, m, excess = checkpoint_name((numerics.narrow(o, like=q), m, excess), arguments.OF)
-    return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
+def _fwd(runs, band, *given):
+    forward = attention_pallas.forward(runs, band, functools.partial(_forward, band))
+    o, m, excess = forward(*given)
+    o, m, excess = checkpoint_name((numerics.narrow(o, like=given[0]), m, excess), arguments.OF)
+    return (o, numerics.log_sum_exp(m, excess)), (*given, o, m, excess)
 
 
 def _bwd(runs, band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
-    if runs != "xla":
-        given = (q, k, v, terms, masks, o_bar, mean, m, excess)
-        return *attention_pallas.backward(runs, band, *given), None, None
-    out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
+    backward = attention_pallas.backward(runs, band, functools.partial(_backward, band))
+    out = backward(q, k, v, terms, masks, o_bar, mean, m, excess)
     return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
 
 

@@ -133,7 +133,7 @@ def _ring(
 def _forward(axis_name, is_causal, q, k, v, terms, masks):  # (1)
     def see(keys, band=EVERY):
         k, v, ids = keys
-        return attention._forward("xla", band, q, k, v, terms, masks._replace(key_segment=ids))
+        return attention._forward(band, q, k, v, terms, masks._replace(key_segment=ids))
 
     def step(carry, j):
         part, keys = carry

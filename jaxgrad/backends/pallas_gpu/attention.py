@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxgrad import numerics
 from jaxgrad.backends.pallas_gpu import attention_blocks as blocks
-from jaxgrad.backends.pallas_gpu.attention_blocks import Side, load, store
+from jaxgrad.backends.pallas_gpu.attention_blocks import load, store
 
 LOG2E = 1.4426950408889634
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -104,7 +104,7 @@ def backward(
 
 def _of_queries(entry, band, x, interpret):
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
-    cut = blocks.cut("queries", x.q, x.v)
+    cut = blocks.cut("of_queries", x.q, x.v)
 
     def kernel(x, out):
         rows, g = _block_of_queries(band, cut, t, group)
@@ -128,7 +128,7 @@ def _of_queries(entry, band, x, interpret):
 
 def _of_keys(entry, band, x, interpret):
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
-    cut = blocks.cut("keys", x.q, x.v)
+    cut = blocks.cut("of_keys", x.q, x.v)
 
     def kernel(x, out):
         keys = blocks.side(pl.program_id(0), cut.keys, s)
@@ -137,9 +137,7 @@ def _of_keys(entry, band, x, interpret):
         def of_head(g, bars):
             def step(bars, rows, edge):
                 k_bar, v_bar = bars
-                q, o_bar = (
-                    load(z, rows, g, blocks.whole(n)) for z, n in ((x.q, h), (x.o_bar, d))
-                )
+                q, o_bar = (load(z, rows, g, blocks.whole(n)) for z, n in ((x.q, h), (x.o_bar, d)))
                 numbers = [z[None, :] for z in _numbers(x, rows, g)]
                 z, p_bar = _dot_heads(k, q), _dot_heads(v, o_bar)
                 z, u = _logits(entry, band, x, z, rows, keys, g, edge, by_key=True)
