@@ -7,9 +7,12 @@ among them, [..., T, 1]; m and the excess are float32, and so is the mean, ⟨o,
     forward(entry, band, q, k, v, terms, masks, interpret)              -> o, m, excess
     backward(entry, band, q, k, v, terms, masks, ō, mean, m, excess, interpret)  -> q̄, k̄, v̄
 
-It decides which tiles it visits and where they are held. What an entry of them is stands here and
-in ``attention_tiles``. Residuals are those of the loops in plain JAX. There is no derivative to
-bias, scale and soft-cap, and no second one.
+where m is inf in the backward for a query that sees no key, so that each p of it is 0. A backend
+decides which tiles it visits and where they are held. What an entry of them is stands here and in
+``attention_tiles``. Residuals are those of the loops in plain JAX.
+
+There is no derivative to bias, scale and soft-cap, and no second one. Who names a kernel and asks
+for them gets an error. For who named none, the loops give them.
 """
 
 from collections.abc import Callable
@@ -96,7 +99,6 @@ def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..
     backend, interpret = _backend(runs.name)
 
     def kernel(q, k, v, terms, masks, o_bar, mean, m, excess):
-        # All p of a query without a key are 0, whatever the logits are.
         m = jnp.where(excess == -1, jnp.inf, m)
         given = (q, k, v, terms, masks, o_bar, mean, m, excess)
         bars = backend.backward(ENTRY, band, *given, interpret)
@@ -120,10 +122,7 @@ def _backend(name) -> tuple[Any, bool]:
 
 
 def _instead(runs, kernel, loops):
-    """``kernel``. Where nobody asked for it by name, ``loops`` do what it does not.
-
-    That is a derivative, or a program for another platform than the default one.
-    """
+    """``kernel``. If nobody named it, ``loops`` have its derivatives and all other platforms."""
     if runs.asked:
         return _raises(kernel, f"{OF}: a second derivative needs implementation='xla'")
     f = jax.custom_jvp(_where_it_runs(kernel, loops))

@@ -111,7 +111,7 @@ class Span(NamedTuple):
             carry = lax.fori_loop(self.all_first, self.all_last, inner, carry)
         if partly:
             edges = self.all_first - self.first + self.last - self.all_last
-            carry = lax.fori_loop(0, edges, edge, carry)
+            carry = lax.fori_loop(jnp.int32(0), edges, edge, carry)
         return carry
 
 
@@ -179,17 +179,3 @@ def _inside(at):
             inside = lax.broadcast_in_dim(side.index < side.length, shape, (axis,))
             mask = inside if mask is None else mask & inside
     return mask
-
-
-def part(x: Any, at: Callable[..., tuple[Any, Any]], head_axis: int | None = None) -> Any:
-    """Of ``x``, what belongs to the batch entry and key head that ``at`` gives for a program."""
-    axes = (0,) if head_axis is None else (0, head_axis)
-    shape = tuple(None if axis in axes else n for axis, n in enumerate(x.shape))
-
-    def index(*program):
-        places = dict(zip((0, head_axis), at(*program), strict=True))
-        return tuple(
-            places[axis] if axis in axes and n > 1 else 0 for axis, n in enumerate(x.shape)
-        )
-
-    return pl.BlockSpec(shape, index)
