@@ -58,13 +58,12 @@ def test_bias_mask_and_segments(rng):
     assert_near(out, truth(*given, seen, bias=bias), 1e-6)
 
 
-@pytest.mark.parametrize("dtype, bar", [("bfloat16", 4e-3), ("float16", 6e-4)])
-def test_half_precision(dtype, bar, rng):
-    given = problem(rng, dtype, b=1, t=64, s=64, n=2, k=1)
+def test_bfloat16(rng):
+    given = problem(rng, "bfloat16", b=1, t=64, s=64, n=2, k=1)
     out = with_gradients(functools.partial(both, local_window_size=(40, 20)), *given)
-    assert [x.dtype for x in out] == [dtype, "float32", *[dtype] * 3]
+    assert [x.dtype for x in out] == ["bfloat16", "float32", *["bfloat16"] * 3]
     t, s = np.arange(64)[:, None], np.arange(64)
-    assert_near(out, truth(*given, (t - 40 <= s) & (s <= t + 20)), bar)
+    assert_near(out, truth(*given, (t - 40 <= s) & (s <= t + 20)), 4e-3)
 
 
 def test_huge_logits(rng):
@@ -150,13 +149,9 @@ def test_unasked_it_has_every_derivative(rng, as_default):
         return (dot_product_attention(q, k, v, bias, is_causal=True, **options) * o_bar).sum()
 
     def derivatives(implementation):
-        f = functools.partial(loss, implementation)
-        first = jax.grad(f, tuple(range(6)))
-
-        def second(*x):
-            return sum((z**2).sum() for z in first(*x))
-
-        return jax.jit(lambda *x: (first(*x), jax.grad(second, (0, 1, 4, 5))(*x)))(q, k, v, *terms)
+        first = jax.grad(functools.partial(loss, implementation), tuple(range(6)))
+        x = (q, k, v, *terms)
+        return jax.jit(lambda *x: jax.jvp(first, x, jax.tree.map(jnp.cos, x)))(*x)
 
     actual = derivatives(None)
     assert len(set(as_default)) == 2
