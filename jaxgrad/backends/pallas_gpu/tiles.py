@@ -21,11 +21,12 @@ class Tile(NamedTuple):
     feature_bytes: int  # of a row of a chunk of d
     warps: int
     stages: int
+    parts: int  # that a body is given one after the other: fewer registers are in use at a time
 
 
 LARGEST = {
-    "sums": Tile(128, 128, 128, warps=4, stages=3),
-    "bars": Tile(128, 128, 128, warps=4, stages=3),
+    "sums": Tile(128, 256, 128, warps=8, stages=4, parts=1),
+    "bars": Tile(128, 256, 128, warps=8, stages=3, parts=1),
 }
 
 
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
     features: int
     warps: int
     stages: int
+    parts: int
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -64,7 +66,8 @@ def plan(name: str, t: int, d: int, v: int, itemsize: int, tile: tuple[int, int]
     largest = LARGEST[name]
     tokens, classes = tile or (_side(t, largest.tokens), _side(v, largest.classes))
     features = _side(d, largest.feature_bytes // itemsize)
-    return Plan(t, d, v, tokens, classes, features, largest.warps, largest.stages)
+    parts = min(largest.parts, classes // SMALLEST)
+    return Plan(t, d, v, tokens, classes, features, *largest[3:5], parts)
 
 
 def obstacle(tile: Any) -> str | None:
