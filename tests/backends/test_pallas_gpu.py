@@ -83,12 +83,15 @@ def test_derivatives_that_it_does_not_have_are_refused(rng):
 @pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (1, 100, 11), (300, 8, 50257)])
 @pytest.mark.parametrize("name", ["sums", "bars"])
 def test_tiles_are_as_triton_wants_them(name, t, d, v):
-    cut = tiles.plan(name, t, d, v, 2, None)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    operands = tiles.Operands(shape((t, d)), shape((d, v)), None, None, None)
+    cut = tiles.plan(name, operands, 1, None)
     sides = (cut.tokens, cut.classes // cut.parts, cut.features)
     assert all(size >= 16 and size & (size - 1) == 0 for size in sides)
     rows, columns = cut.tiles
     assert rows * cut.splits <= 2 * tiles.PROGRAMS and cut.splits <= columns
-    assert tiles.block(t, v, 2) * t * 2 <= max(tiles.BLOCK_BYTES, 16 * t * 2)
+    block = tiles.block(t, 2, cut.classes)
+    assert block % cut.classes == 0 and block * t * 2 <= tiles.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])

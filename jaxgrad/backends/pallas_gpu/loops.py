@@ -14,7 +14,7 @@ JAX has deprecated this way to Triton with version 0.11, in which it still works
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxgrad.backends.pallas_gpu import tiles
+from jaxgrad.backends.pallas_gpu.tiles import Operands
 
 Product = Callable[[Array, Array], Array]
-
-
-class Operands(NamedTuple):
-    """What a loop reads. Its body is given ``rows`` and ``scalars`` alone, cut to a tile."""
-
-    x: Any  # [t, d]
-    w: Any  # [d, v], or [v, d]
-    bias: Any  # [v], or None
-    rows: Any  # arrays of [t, 1]
-    scalars: Any  # arrays of []
 
 
 def sums(
@@ -62,7 +53,7 @@ def sums(
       The carries of ranges of classes, from the first on: arrays of [ranges, t, 1]. Their number is
       a power of two.
     """
-    plan = _plan("sums", operands, vocab_axis, tile)
+    plan = tiles.plan("sums", operands, vocab_axis, tile)
     per_split = -(-plan.tiles[1] // plan.splits)
 
     def kernel(operands, out):
@@ -116,7 +107,7 @@ def bars(
       dtype: Of x̄.
       sums_columns: Whether to return Σ x̄ over tokens too, which no rounding of x̄ enters.
     """
-    plan = _plan("bars", operands, vocab_axis, tile)
+    plan = tiles.plan("bars", operands, vocab_axis, tile)
 
     def kernel(operands, out):
         i, j = pl.program_id(0), pl.program_id(1)
@@ -147,12 +138,6 @@ def bars(
         ),
     )
     return x_bar, totals.sum(0)[: plan.v] if sums_columns else None
-
-
-def _plan(name, operands, vocab_axis, tile):
-    (t, d), v = operands.x.shape, operands.w.shape[vocab_axis]
-    itemsize = max(operands.x.dtype.itemsize, operands.w.dtype.itemsize)
-    return tiles.plan(name, t, d, v, itemsize, tile)
 
 
 def _call(kernel, plan, operands, interpret, grid, out_shape, out_specs):
