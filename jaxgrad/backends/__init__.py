@@ -19,7 +19,12 @@ import jax
 Implementation = Literal[
     "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret"
 ]
-_EVERY = ("pallas_tpu", "pallas_gpu", "pallas_interpret", "pallas_gpu_interpret")
+_EVERY: tuple[Implementation, ...] = (
+    "pallas_tpu",
+    "pallas_gpu",
+    "pallas_interpret",
+    "pallas_gpu_interpret",
+)
 
 # What each function has besides "xla".
 OTHERS: dict[str, tuple[Implementation, ...]] = {

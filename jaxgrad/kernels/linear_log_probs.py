@@ -59,8 +59,8 @@ def linear_log_probs(
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
       axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over; see ``linear_softmax_cross_entropy``.
-      implementation: None, "xla", "pallas_tpu" or "pallas_interpret"; see
-        ``linear_softmax_cross_entropy``.
+      implementation: None, "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret" or
+        "pallas_gpu_interpret"; see ``linear_softmax_cross_entropy``.
       return_entropy: Whether to return the entropy of the distribution too, differentiable.
 
     Returns:

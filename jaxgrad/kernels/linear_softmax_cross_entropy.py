@@ -117,10 +117,10 @@ def linear_softmax_cross_entropy(
         that classes are cut over: w, bias, where and dense labels hold this shard's classes, as
         many as any other's, and all else is the same on all shards, indices counting all classes.
 
-      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu",
-        a kernel for TPU; "pallas_interpret", the same on any device, slowly. The last two take
-        integer labels and no ``where``, and have no second derivative. What is named runs, or an
-        error tells why it cannot.
+      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu"
+        or "pallas_gpu", kernels for these devices; "pallas_interpret" or "pallas_gpu_interpret",
+        the same on any device, slowly. The Pallas kernels take integer labels and no ``where``, and
+        have no second derivative. What is named runs, or an error tells why it cannot.
 
     Returns:
       The loss, float32 for 16-bit input; or ``(loss, aux)``.

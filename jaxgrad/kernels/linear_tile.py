@@ -295,10 +295,5 @@ def _dot(plan, a, a_axis, b, b_axis):
     """A product of tiles, contracted over one axis of each."""
     if a.dtype != b.dtype:
         a, b = a.astype(plan.wide), b.astype(plan.wide)
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=plan.wide,
-    )
+    axes = ((a_axis,), (b_axis,)), ((), ())
+    return lax.dot_general(a, b, axes, precision=plan.precision, preferred_element_type=plan.wide)
