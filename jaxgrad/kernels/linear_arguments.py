@@ -27,6 +27,7 @@ def arguments(
     accumulate_dtype: Any,
     precision: Any,
     axis_name: sharding.AxisName,
+    fsdp_axis: sharding.AxisName,
 ) -> tuple[Plan, Head, Tokens, Rule, tuple[int, ...]]:
     """The arguments of a call, checked, leading dimensions flattened; and those dimensions."""
     x, w = numerics.as_float(x, of), numerics.as_float(w, of, "w")
@@ -36,7 +37,8 @@ def arguments(
             f"{numerics.describe(w)} with vocab_axis={vocab_axis}"
         )
     vocab_axis %= 2
-    d, v = w.shape[1 - vocab_axis], w.shape[vocab_axis]
+    sharding.check(of, fsdp_axis, cut={"w": w, "x": x}, argument="fsdp_axis")
+    d, v = sharding.extent(fsdp_axis, w.shape[1 - vocab_axis])[1], w.shape[vocab_axis]
     if x.ndim == 0 or x.shape[-1] != d:
         raise ValueError(
             f"{of}: x must be float[..., {d}] for w of {numerics.describe(w)} with "
@@ -77,6 +79,7 @@ def arguments(
         accumulate=accumulate,
         precision=precision,
         axis_name=axis_name,
+        fsdp_axis=fsdp_axis,
     )
     first = None if axis_name is None else jnp.full((1, 1), first, jnp.int32)
     tokens = Tokens(x.reshape(t, d), labels, where, first)
