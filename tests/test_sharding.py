@@ -87,10 +87,10 @@ def rows_of(a, axis_name):
     }
 
 
-def head_of(a, axis_name):
+def head_of(a, axis_name, chunk_size=None):
     """The fused head with labels of three kinds, and with both schedules."""
     call = functools.partial(
-        linear_softmax_cross_entropy, a["h"], a["w"], chunk_size=(3, 5), axis_name=axis_name
+        linear_softmax_cross_entropy, a["h"], a["w"], chunk_size=chunk_size, axis_name=axis_name
     )
     integer = functools.partial(
         call, a["labels"], a["bias"], (a["bias"] > -1.0), ignore_index=-100, return_aux=True
@@ -169,7 +169,7 @@ def test_fused_head(x64, unoptimised, rng):
         return jax.value_and_grad(f, has_aux=True)
 
     def on_shards(a, axis_name):
-        rows, (total, best) = head_of(a, axis_name)
+        rows, (total, best) = head_of(a, axis_name, chunk_size=(3, 3))
         return rows, (lax.psum(total, "data"), best)
 
     out_specs = (P("data"), (P(), P("data")))
@@ -211,6 +211,11 @@ def with_gradients(f):
     return jax.value_and_grad(f, (0, 1))
 
 
+def to_second_order(f):
+    """Value, gradients, and the product of the Hessian with a vector."""
+    return lambda h, w: jax.jvp(with_gradients(f), (h, w), (jnp.cos(h), jnp.sin(w)))
+
+
 @functools.cache
 def in_one_place():
     """What :func:`in_every_position` finds, by JAX's own functions on one device."""
@@ -228,12 +233,11 @@ def in_one_place():
         p = lambda q: jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, q) / np.sqrt(2))
         attention = lambda q: jnp.sin(jnp.einsum("bnts,bsnh->btnh", p(q), q)).sum()
         return {
-            "outside": by_c,
+            "outside": to_second_order(total)(h, w),
             "inside": by_c,
             "classes over two axes": by_c,
             "features": by_mean,
             "sequence": by_mean,
-            "Hessian": jax.jvp(jax.grad(total, 1), (h, w), (jnp.zeros_like(h), jnp.sin(w)))[1],
             "partly manual": by_c,
             "cut logits": jax.value_and_grad(integer)(x),
             "cut heads": jax.value_and_grad(attention)(q),
@@ -281,7 +285,7 @@ def in_every_position(mesh, labels, c):
         rows = {"batch_axes": "data", "sequence_axes": "model", "gather_once": True}
         _, scanned, _ = losses(of(**both), labels, c)
         found = {
-            "outside": with_gradients(scanned),
+            "outside": to_second_order(scanned),
             "classes over two axes": with_gradients(
                 losses(of(vocab_axis_name=("data", "model")), labels, c)[0]
             ),
@@ -291,9 +295,6 @@ def in_every_position(mesh, labels, c):
         if not explicit:  # inside of shard_map an axis is manual, of whichever kind it was
             found["inside"] = inside({"data", "model"})
             found["partly manual"] = inside({"model"})
-            found["Hessian"] = lambda h, w: jax.jvp(
-                jax.grad(scanned, 1), (h, w), (jnp.zeros_like(h), jnp.sin(w))
-            )[1]
         return {name: f(h, w) for name, f in found.items()} | {
             "cut logits": jax.value_and_grad(integer)(x),
             "cut heads": jax.value_and_grad(attention)(q),

@@ -49,7 +49,7 @@ def block(params, words):
 def step(block, head, params, state, words):
     def loss(params):
         x = block(params, words[:, :-1])
-        options = {"vocab_axis": 0, "reduction": "mean", "z_loss": 1e-3}
+        options = {"vocab_axis": 0, "reduction": "mean", "z_loss": 1e-3, "chunk_size": (8, 4)}
         return head(x, params["embedding"], words[:, 1:], **options)
 
     value, grads = jax.value_and_grad(loss)(params)
