@@ -264,7 +264,7 @@ def in_every_position(mesh, labels, c):
         mapped = jax.shard_map(
             on_device, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names=axis_names
         )
-        return lambda h, w: mapped(h, w, labels, c)
+        return lambda h, w: mapped(cut(h, P("data")), w, labels, c)
 
     def cut(z, spec):
         placed = NamedSharding(mesh, spec)
