@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
     fsdp_axis: sharding.AxisName = None  # that the features of w are cut over
+    keeps_logits: bool = False  # whether a loss that is reduced makes its gradients in the forward
     implementation: str = "xla"
 
 
