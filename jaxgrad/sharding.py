@@ -181,24 +181,10 @@ def _cast(tree: Tree, axes: frozenset) -> Tree:
         missing = tuple(sorted(axes - _varying(x), key=str))
         if not missing or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        if numerics.is_wide(x):
-            return lax.pcast(x, missing, to="varying")
-        return _cast_narrow(x, missing)
+        # Transposed, this is a sum over devices: of float32 for 16-bit arrays.
+        return numerics.narrow(lax.pcast(numerics.widen(x), missing, to="varying"), like=x)
 
     return jax.tree.map(cast, tree) if axes else tree
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _cast_narrow(x: Array, axes: tuple[Hashable, ...]) -> Array:
-    """Transposed, a sum over devices, of float32: behind a barrier, or XLA would narrow it."""
-    return lax.pcast(x, axes, to="varying")
-
-
-@_cast_narrow.defjvp
-def _(axes, primals, tangents):
-    (x,), (x_dot,) = primals, tangents
-    wide_dot = lax.pcast(numerics.widen(x_dot), axes, to="varying")
-    return _cast_narrow(x, axes), numerics.narrow(lax.optimization_barrier(wide_dot), like=x_dot)
 
 
 def _types(tree: Any) -> str:

@@ -5,7 +5,8 @@ and its classes. Over the axes of the classes, each tile of tokens takes one max
 a few numbers a token; x̄ is summed once a call. Over the axes of the tokens, w̄ is summed once a
 call; an axis that the features of w are cut over (FSDP) collects w instead, a tile of classes at a
 time or at once, and w̄ is summed to the device that holds its part. Neither w nor anything of
-tokens × classes is ever sent besides. All sums are of float32, or wider.
+tokens × classes is ever sent besides. All sums are of float32 or wider, as they are written here;
+XLA for TPU does an all-reduce in bfloat16 where its sum is rounded to that, a reduce-scatter not.
 """
 
 import functools

@@ -14,8 +14,7 @@ from jaxgrad.parallel import ring_attention
 pytestmark = pytest.mark.usefixtures("eight_devices", "standard_promotion")
 
 CASES = {
-    "causal": ({"is_causal": True}, ("bias",)),
-    "whole": ({}, ("mask", "lengths", "segments")),
+    "causal": ({"is_causal": True}, ("mask", "segments")),
     "window": ({"local_window_size": (3, 1)}, ("bias", "lengths")),
 }
 TOKENS = P("data", "sequence")
