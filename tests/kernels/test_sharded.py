@@ -84,14 +84,15 @@ def test_second_order_forward_mode_and_export(x64, unoptimised, rng):
 
 
 def traced(mesh, t, d, v, dtype="float32", reduction="mean", **axes):
-    """The gradients of a head by tokens and weights, each where its argument is."""
+    """A head and its gradients by tokens and weights, each where its argument is."""
     head = sharded(linear_softmax_cross_entropy, mesh, **axes)
     tokens, classes = axes.get("batch_axes"), axes.get("vocab_axis_name")
     x = abstract(mesh, (t, d), P(tokens), dtype)
     w = abstract(mesh, (d, v), P(axes.get("fsdp_axis"), classes), dtype)
     labels = abstract(mesh, (t,), P(tokens), jnp.int32)
-    step = jax.grad(lambda *args: head(*args, reduction=reduction).sum(), (0, 1))
-    return jax.jit(step, out_shardings=(x.sharding, w.sharding)).trace(x, w, labels)
+    step = jax.value_and_grad(lambda *args: head(*args, reduction=reduction).sum(), (0, 1))
+    placed = (None, (x.sharding, w.sharding))
+    return jax.jit(step, out_shardings=placed).trace(x, w, labels)
 
 
 def large(program):
