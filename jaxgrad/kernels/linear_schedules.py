@@ -14,6 +14,8 @@ gradients are made at once and kept; the backward multiplies them:
 
 with the logits of one tile of tokens × all classes held between the inner loops. Undifferentiated,
 either is the first loop alone. Every loop can be differentiated again, at the memory of its tiles.
+
+Where a device holds some features of w alone, the loops of ``per_token`` are in ``linear_fsdp.py``.
 """
 
 import functools
