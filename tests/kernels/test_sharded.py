@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("eight_devices", "standard_promotion")
 
 def arrays(rng):
     k = jax.random.split(rng, 4)
-    shapes = ((4, 2, D), (D, V), (V,), (4, 2))
+    shapes = ((4, 4, D), (D, V), (V,), (4, 4))
     h, w, bias, weights = (jax.random.normal(*z, jnp.float64) for z in zip(k, shapes, strict=True))
-    labels = jnp.array([[3, 3], [5, 7], [-100, 1], [15, 0]])
+    labels = jnp.array([[3, 3, 9, 4], [5, 7, -100, 2], [-100, 1, 6, 6], [15, 0, 8, 13]])
     return (h, 2 * w, bias, weights**2, jnp.float64(0.7)), labels
 
 
@@ -34,12 +34,12 @@ EVERY_AXIS = {
 
 
 def test_every_axis_at_once(x64, unoptimised, rng):
-    """Means over all tokens, by tiles that do not divide the classes; and weights of two axes."""
+    """Means, by tiles that divide neither tokens nor classes; classes over two axes."""
     args, labels = arrays(rng)
 
     def measured(head, vocab_axis=1):
         def f(h, w, bias, weights, temperature):
-            mean = functools.partial(head, reduction="mean", ignore_index=-100, chunk_size=(2, 3))
+            mean = functools.partial(head, reduction="mean", ignore_index=-100, chunk_size=(3, 3))
             options = {"weights": weights, "temperature": temperature, "vocab_axis": vocab_axis}
             return mean(h, w if vocab_axis else w.T, labels, bias, **options)
 
