@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     argmax: bool = False
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
+    fsdp_axis: sharding.AxisName = None  # that the features of w are cut over
     keeps_logits: bool = False  # whether a loss that is reduced makes its gradients in the forward
     implementation: str = "xla"
 
@@ -117,6 +118,16 @@ def is_dense(labels: Labels) -> bool:
 def is_integer(labels: Labels) -> bool:
     """Whether there is one class a token."""
     return not (isinstance(labels, SparseLabels) or is_dense(labels))
+
+
+def some(tokens: Any, row: Any, size: int) -> Any:
+    """``size`` tokens from ``row`` on; a single row stands for all."""
+    return jax.tree.map(lambda z: z if len(z) == 1 else tiling.take(z, row, size, 0), tokens)
+
+
+def only(new: Array | None, bars: Any) -> Any:
+    """Cotangents of rows, 0 but for the ``new`` ones."""
+    return bars if new is None else jax.tree.map(lambda z: jnp.where(new[:, None], z, 0), bars)
 
 
 def logits(plan: Plan, head: Head, x: Array, start: Any, size: int) -> Array:
