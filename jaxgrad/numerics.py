@@ -194,6 +194,10 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
 
     On a CPU a branch saves a pass over the array. Elsewhere it would stall the device, and
     ``then()``, which must be right for all rows, fuses with the work around it.
+
+    On a mesh, the arrays that the branches use must vary over the same axes, by ``sharding.lift``:
+    JAX would make them so inside a branch, and sum their cotangents there, waiting for shards that
+    take the other.
     """
     return lax.platform_dependent(
         cpu=lambda: lax.cond(_any(lax.stop_gradient(rows)), then, otherwise), default=then

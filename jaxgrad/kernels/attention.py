@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from jaxgrad import modes, numerics, sharding
-from jaxgrad.backends import Implementation
+from jaxgrad.backends import Choice, Implementation
 from jaxgrad.kernels import attention_arguments as arguments
 from jaxgrad.kernels import attention_pallas, attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
@@ -87,9 +87,13 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
-      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu",
-        a kernel for TPU, or "pallas_interpret", which is the same anywhere and slow. Those take no
-        mask and no bias, and have no gradient for scale and soft-cap and no second derivative.
+      implementation: None to choose: "pallas_gpu" on an H100, where it was measured to be faster,
+        with "xla" for what that has not; else "xla". By name: "xla", any device and everything that
+        is described here; "pallas_gpu", kernels for GPU by way of Triton (a part of JAX that is
+        deprecated since 0.11, where it works), for heads of at most 256, without derivatives to
+        bias, scale and soft-cap, and without second ones; "pallas_gpu_interpret", the same on any
+        device, slowly. What is named runs, or an error tells why not. :func:`jax.export` does not
+        serialize kernels: name "xla" there.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
@@ -103,8 +107,8 @@ def dot_product_attention(
     Raises:
       TypeError: An argument is complex, or not of the kind or dtype above.
       ValueError: An argument does not have the shape above, ``logits_soft_cap`` is not above 0, or
-        ``implementation`` is another.
-      NotImplementedError: ``implementation`` cannot run this call: it is never replaced by another.
+        there is no such ``implementation``.
+      NotImplementedError: ``implementation`` cannot run this call, or be differentiated so.
 
     Example:
       >>> q, k, v = jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)), jnp.arange(6.0).reshape(3, 1, 2)
@@ -173,15 +177,12 @@ def _jit(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    runs: Implementation, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
+    runs: Choice, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
-    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
-    return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
+    return _fwd(runs, band, q, k, v, terms, masks)[0]
 
 
-def _forward(runs, band, q, k, v, terms, masks):
-    if runs != "xla":
-        return attention_pallas.forward(runs, band, q, k, v, terms, masks)
+def _forward(band, q, k, v, terms, masks):
     plan = Plan(q, k, band)
 
     def heads(_, of_heads):
@@ -207,20 +208,19 @@ def _forward(runs, band, q, k, v, terms, masks):
     return plan.over_heads(heads, None, q, k, v)[1]
 
 
-def _fwd(runs, band, q, k, v, terms, masks):
-    o, m, excess = _forward(runs, band, q, k, v, terms, masks)
-    o, m, excess = checkpoint_name((numerics.narrow(o, like=q), m, excess), arguments.OF)
-    return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
+def _fwd(runs, band, *given):
+    forward = attention_pallas.forward(runs, band, functools.partial(_forward, band))
+    o, m, excess = forward(*given)
+    o, m, excess = checkpoint_name((numerics.narrow(o, like=given[0]), m, excess), arguments.OF)
+    return (o, numerics.log_sum_exp(m, excess)), (*given, o, m, excess)
 
 
 def _bwd(runs, band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
-    if runs != "xla":
-        given = (q, k, v, terms, masks, o_bar, mean, m, excess)
-        return *attention_pallas.backward(runs, band, *given), None, None
-    out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
+    backward = attention_pallas.backward(runs, band, functools.partial(_backward, band))
+    out = backward(q, k, v, terms, masks, o_bar, mean, m, excess)
     return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
 
 

@@ -7,9 +7,12 @@ among them, [..., T, 1]; m and the excess are float32, and so is the mean, ⟨o,
     forward(entry, band, q, k, v, terms, masks, interpret)              -> o, m, excess
     backward(entry, band, q, k, v, terms, masks, ō, mean, m, excess, interpret)  -> q̄, k̄, v̄
 
-It decides which tiles it visits and where they are held. What an entry of them is stands here and
-in ``attention_tiles``. Residuals are those of the loops in plain JAX. There is no derivative to
-bias, scale and soft-cap, and no second one.
+where m is inf in the backward for a query that sees no key, so that each p of it is 0. A backend
+decides which tiles it visits and where they are held. What an entry of them is stands here and in
+``attention_tiles``. Residuals are those of the loops in plain JAX.
+
+There is no derivative to bias, scale and soft-cap, and no second one. Who names a kernel and asks
+for them gets an error. For who named none, the loops give them.
 """
 
 from collections.abc import Callable
@@ -17,10 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxgrad import backends, numerics
-from jaxgrad.backends import Implementation
+from jaxgrad.backends import Choice
 from jaxgrad.kernels import attention_products, attention_tiles
 from jaxgrad.kernels.attention_arguments import OF
 from jaxgrad.kernels.attention_tiles import Band, Masks, Terms
@@ -45,19 +48,21 @@ ENTRY = Entry(attention_tiles.visible, _logits, sech2)
 
 def implemented(
     mode: str, implementation: Any, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
-) -> tuple[Implementation, tuple[Array, Array, Array, Terms, Masks]]:
-    """The implementation that runs a call, and the arguments as that takes them."""
+) -> tuple[Choice, tuple[Array, Array, Array, Terms, Masks]]:
+    """What runs a call, and the arguments as that takes them."""
+    best = backends.preferred(OF)
+    name = best.name if implementation is None and best is not None else implementation
     obstacle = None
-    if implementation in backends.OTHERS[OF]:
-        obstacle = _obstacle(implementation, mode, q, k, v, terms, masks)
-    runs = backends.choose(OF, implementation, obstacle).name
-    if runs != "xla":
-        refuse = f"{OF}: implementation={runs!r} has no gradient for bias, scale and "
+    if name in backends.OTHERS[OF]:
+        obstacle = _obstacle(name, mode, q, k, v, terms, masks)
+    runs = backends.choose(OF, implementation, obstacle)
+    if runs.name != "xla" and runs.asked:
+        refuse = f"{OF}: implementation={runs.name!r} has no gradient for bias, scale and "
         terms = _raises(lambda terms: terms, refuse + "logits_soft_cap; 'xla' has")(terms)
     return runs, (q, k, v, terms, masks)
 
 
-def _obstacle(implementation, mode, q, k, v, terms, masks):
+def _obstacle(name, mode, q, k, v, terms, masks):
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if mode != "reverse":
         return "has a backward rule alone"
@@ -65,47 +70,70 @@ def _obstacle(implementation, mode, q, k, v, terms, masks):
         return f"runs outside of shard_map alone, got axes {manual}"
     if 0 in (*q.shape, *k.shape, *v.shape):
         return "takes no array of size 0"
-    return _backend(implementation)[0].obstacle(q, k, v, terms, masks)
+    try:
+        return _backend(name)[0].obstacle(q, k, v, terms, masks)
+    except ImportError as error:
+        return f"needs another version of JAX: {error}"
 
 
-def forward(
-    runs: Implementation, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
-) -> tuple[Array, Array, Array]:
-    """The output, and the maximum and excess of each row."""
-    backend, interpret = _backend(runs)
+def forward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..., Any]:
+    """What gives output, maximum and excess: ``loops``, or the kernel that ``runs`` names."""
+    if runs.name == "xla":
+        return loops
+    backend, interpret = _backend(runs.name)
 
-    def run(*given):
+    def kernel(*given):
         return backend.forward(ENTRY, band, *given, interpret)
 
-    return _once(run)(q, k, v, terms, masks)
+    def narrow(q, *given):
+        o, *rows = loops(q, *given)
+        return numerics.narrow(o, like=q), *rows
+
+    return _instead(runs, kernel, narrow)
 
 
-def backward(
-    runs: Implementation, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks,
-    o_bar: Array, mean: Array, m: Array, excess: Array,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """The cotangents of query, key and value."""
-    backend, interpret = _backend(runs)
-    # All p of a query without a key are 0, whatever the logits are.
-    m = jnp.where(excess == -1, jnp.inf, m)
+def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for the cotangents of query, key, value and terms."""
+    if runs.name == "xla":
+        return loops
+    backend, interpret = _backend(runs.name)
+
+    def kernel(q, k, v, terms, masks, o_bar, mean, m, excess):
+        m = jnp.where(excess == -1, jnp.inf, m)
+        given = (q, k, v, terms, masks, o_bar, mean, m, excess)
+        bars = backend.backward(ENTRY, band, *given, interpret)
+        return tuple(map(numerics.narrow, bars, (q, k, v)))
+
+    def narrow(q, k, v, *given):
+        return tuple(map(numerics.narrow, loops(q, k, v, *given)[:3], (q, k, v)))
 
     def run(*given):
-        return backend.backward(ENTRY, band, *given, interpret)
+        # Where nobody asks for the last, nothing of these loops is left.
+        rest = jax.tree.map(jnp.zeros_like, given[3]) if runs.asked else loops(*given)[3]
+        return *_instead(runs, kernel, narrow)(*given), rest
 
-    bars = _once(run)(q, k, v, terms, masks, o_bar, mean, m, excess)
-    return tuple(map(numerics.narrow, bars, (q, k, v)))
+    return run
 
 
-def _backend(runs) -> tuple[Any, bool]:
-    if runs.startswith("pallas_gpu"):
+def _backend(name) -> tuple[Any, bool]:
+    if name.startswith("pallas_gpu"):
         from jaxgrad.backends.pallas_gpu import attention as backend
     else:
         from jaxgrad.backends.pallas_tpu import attention as backend
-    return backend, runs.endswith("interpret")
+    return backend, name.endswith("interpret")
 
 
-def _once(f):
-    return _raises(f, f"{OF}: a second derivative needs implementation='xla'")
+def _instead(runs, kernel, loops):
+    """``kernel``. If nobody named it, ``loops`` have its derivatives and all other platforms."""
+    if runs.asked:
+        return _raises(kernel, f"{OF}: a second derivative needs implementation='xla'")
+    f = jax.custom_jvp(_where_it_runs(kernel, loops))
+    f.defjvp(lambda primals, tangents: jax.jvp(loops, primals, tangents))
+    return f
+
+
+def _where_it_runs(kernel, loops):
+    return lambda *given: lax.platform_dependent(*given, cuda=kernel, default=loops)
 
 
 def _raises(f, message):

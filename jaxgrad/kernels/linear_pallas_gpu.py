@@ -67,6 +67,7 @@ def pull_back(
 ) -> Bars:
     """The cotangents of x, w and bias."""
     dtype = linear_tile.bar_dtype(plan, tokens.x)
+    operands = loops.Operands(tokens.x, *head, (tokens.labels, part, row_bars), rule)
 
     def body(x, rows, rule, column, where):
         labels, part, row_bars = rows
@@ -79,10 +80,11 @@ def pull_back(
             tiling.take(head.w, first, size, plan.vocab_axis),
             None if head.bias is None else tiling.take(head.bias, first, size, 0),
         )
+        rows = tokens.labels - first, part, row_bars
         x_bar, bias_bar = loops.bars(
             _product(plan),
             body,
-            loops.Operands(tokens.x, *some, (tokens.labels - first, part, row_bars), rule),
+            operands._replace(w=some.w, bias=some.bias, rows=rows),
             dtype,
             wanted.bias is not None,
             plan.vocab_axis,
@@ -102,8 +104,9 @@ def pull_back(
 
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
     zero = zero._replace(w=linear_bars.cast(zero.w, wanted.w))
-    limit = tiles.block(len(tokens.x), plan.v, dtype.itemsize)
-    return tiling.fold(block, zero, plan.v, tiling.even(plan.v, limit, tiles.SMALLEST))[0]
+    multiple = tiles.plan("bars", operands, plan.vocab_axis, plan.tile).classes
+    limit = tiles.block(len(tokens.x), dtype.itemsize, multiple)
+    return tiling.fold(block, zero, plan.v, tiling.even(plan.v, limit, multiple))[0]
 
 
 def _product(plan):

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     argmax: bool = False
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
+    fsdp_axis: sharding.AxisName = None  # that the features of w are cut over
     keeps_logits: bool = False  # whether a loss that is reduced makes its gradients in the forward
     implementation: str = "xla"
 
@@ -148,15 +149,8 @@ def nothing(plan: Plan, tokens: Tokens, rule: Rule) -> tuple[Part, Array]:
     """What :func:`measure` gives for no classes."""
     zero = jnp.zeros_like(tokens.x, plan.wide, shape=(len(tokens.x), 1))
     some = zero if rule.label_smoothing is not None else None
-    part = Part(
-        zero - jnp.inf,
-        zero - 1,
-        gap=zero,
-        mass=zero,
-        spread=some,
-        count=some,
-        moment=zero if plan.entropy else None,
-    )
+    moment = zero if plan.entropy else None
+    part = Part(zero - jnp.inf, zero - 1, zero, zero, spread=some, count=some, moment=moment)
     return part, jnp.zeros_like(zero, jnp.int32)
 
 
@@ -295,10 +289,5 @@ def _dot(plan, a, a_axis, b, b_axis):
     """A product of tiles, contracted over one axis of each."""
     if a.dtype != b.dtype:
         a, b = a.astype(plan.wide), b.astype(plan.wide)
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=plan.wide,
-    )
+    axes = ((a_axis,), (b_axis,)), ((), ())
+    return lax.dot_general(a, b, axes, precision=plan.precision, preferred_element_type=plan.wide)

@@ -103,12 +103,9 @@ def measure(
             return multiply(t_, -below(rule, x_, top_, where)).sum(axis, keepdims=True)
 
         plain = gap(operator.mul)
-        part = part._replace(
-            gap=numerics.if_any(
-                jnp.isnan(plain), lambda: gap(numerics.safe_multiply), lambda: plain
-            ),
-            mass=t.sum(axis, keepdims=True),
-        )
+        safe = lambda: gap(numerics.safe_multiply)
+        gaps = numerics.if_any(jnp.isnan(plain), safe, lambda: plain)
+        part = part._replace(gap=gaps, mass=t.sum(axis, keepdims=True))
     if rule.label_smoothing is not None:
         valid = jnp.broadcast_to(True if where is None else where, x.shape)
         part = part._replace(

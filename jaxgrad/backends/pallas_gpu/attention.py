@@ -12,32 +12,20 @@ Query, key, value and output have the layout of the public function, [B, T, head
 apart costs no copy. JAX calls Pallas by way of Triton deprecated since 0.11, where it still works.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxgrad import numerics
 from jaxgrad.backends.pallas_gpu import attention_blocks as blocks
-from jaxgrad.backends.pallas_gpu.attention_blocks import Side, load, store
+from jaxgrad.backends.pallas_gpu.attention_blocks import load, store
+from jaxgrad.backends.pallas_gpu.attention_operands import by_place, call, operands
 
 LOG2E = 1.4426950408889634
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-class Operands(NamedTuple):
-    """What kernels read: whole, or what belongs to a batch entry and a key head."""
-
-    q: Any  # [B, T, K, G, H]
-    k: Any  # [B, S, K, H]
-    v: Any  # [B, S, K, D]
-    terms: Any  # bias [B, K, G, T, S], of which any may be 1; scale and cap [1]
-    masks: Any  # mask as bias; lengths [B]; segments [B, T] and [B, S]
-    o_bar: Any = None  # [B, T, K, G, D]
-    numbers: Any = ()  # mean, m and excess, [B, K, G, T]
 
 
 def obstacle(q: Any, k: Any, v: Any, terms: Any, masks: Any) -> str | None:
@@ -54,7 +42,7 @@ def forward(
     entry: Any, band: Any, q: Any, k: Any, v: Any, terms: Any, masks: Any, interpret: Any
 ) -> tuple[Any, Any, Any]:
     """The output, and the maximum and excess of each row."""
-    x = _operands(q, k, v, terms, masks)
+    x = operands(q, k, v, terms, masks)
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
     cut = blocks.cut("forward", x.q, x.v)
 
@@ -69,9 +57,9 @@ def forward(
             z, _ = _logits(entry, band, x, z, rows, keys, g, edge)
             m_new = jnp.maximum(m, z.max(1))
             e = _exp(numerics.below_max(z, m_new[:, None]))
-            before, s = _exp(numerics.below_max(m, m_new)), e.sum(1)
+            before, more = _exp(numerics.below_max(m, m_new)), e.sum(1)
             # As ``numerics.merge``, by the exponential that the output needs too.
-            excess = jnp.where(m == m_new, excess + s, (s - 1) + (1 + excess) * before)
+            excess = jnp.where(m == m_new, excess + more, (more - 1) + (1 + excess) * before)
             return o * before[:, None] + _dot(e.astype(v.dtype), v), m_new, excess
 
         row = jnp.zeros(rows.size, jnp.float32)
@@ -85,7 +73,7 @@ def forward(
     row = jax.ShapeDtypeStruct((batch, heads, group, t), jnp.float32)
     out = (jax.ShapeDtypeStruct((batch, t, heads, group, d), q.dtype), row, row)
     grid = (pl.cdiv(t, cut.queries), heads * group, batch)
-    o, m, excess = _call(kernel, "forward", x, out, (2, 1, 1), grid, group, cut, interpret)
+    o, m, excess = call(kernel, "forward", x, out, (2, 1, 1), grid, group, cut, interpret)
     return o.transpose(0, 2, 3, 1, 4), m[..., None], excess[..., None]
 
 
@@ -94,8 +82,9 @@ def backward(
     o_bar: Any, mean: Any, m: Any, excess: Any, interpret: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """The cotangents of query, key and value."""
-    x = _operands(q, k, v, terms, masks)
-    x = x._replace(o_bar=_by_place(o_bar), numbers=tuple(z[..., 0] for z in (mean, m, excess)))
+    x = operands(q, k, v, terms, masks)
+    numbers = (mean, m, numerics.inverse_sum(excess))
+    x = x._replace(o_bar=by_place(o_bar), numbers=tuple(z[..., 0] for z in numbers))
     q_bar = _of_queries(entry, band, x, interpret)
     k_bar, v_bar = _of_keys(entry, band, x, interpret)
     by_head = lambda z: z.transpose(0, 2, 1, 3)[:, :, None]
@@ -104,7 +93,7 @@ def backward(
 
 def _of_queries(entry, band, x, interpret):
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
-    cut = blocks.cut("queries", x.q, x.v)
+    cut = blocks.cut("of_queries", x.q, x.v)
 
     def kernel(x, out):
         rows, g = _block_of_queries(band, cut, t, group)
@@ -120,15 +109,15 @@ def _of_queries(entry, band, x, interpret):
 
         seen = _keys_seen(band, cut, x, rows, s)
         q_bar = seen.fold(step, jnp.zeros((rows.size, blocks.padded(h)), jnp.float32))
-        store(out[0], q_bar * x.terms.scale[...], rows, g, blocks.whole(h))
+        store(out[0], q_bar * x.terms.scale, rows, g, blocks.whole(h))
 
     grid = (pl.cdiv(t, cut.queries), heads * group, batch)
-    return _call(kernel, "of_queries", x, (x.q,), (2,), grid, group, cut, interpret)[0]
+    return call(kernel, "of_queries", x, (x.q,), (2,), grid, group, cut, interpret)[0]
 
 
 def _of_keys(entry, band, x, interpret):
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
-    cut = blocks.cut("keys", x.q, x.v)
+    cut = blocks.cut("of_keys", x.q, x.v)
 
     def kernel(x, out):
         keys = blocks.side(pl.program_id(0), cut.keys, s)
@@ -137,9 +126,7 @@ def _of_keys(entry, band, x, interpret):
         def of_head(g, bars):
             def step(bars, rows, edge):
                 k_bar, v_bar = bars
-                q, o_bar = (
-                    load(z, rows, g, blocks.whole(n)) for z, n in ((x.q, h), (x.o_bar, d))
-                )
+                q, o_bar = (load(z, rows, g, blocks.whole(n)) for z, n in ((x.q, h), (x.o_bar, d)))
                 numbers = [z[None, :] for z in _numbers(x, rows, g)]
                 z, p_bar = _dot_heads(k, q), _dot_heads(v, o_bar)
                 z, u = _logits(entry, band, x, z, rows, keys, g, edge, by_key=True)
@@ -152,56 +139,11 @@ def _of_keys(entry, band, x, interpret):
         seen = _queries_that_see(band, cut, x, keys, t)
         zeros = lambda n: jnp.zeros((keys.size, blocks.padded(n)), jnp.float32)
         k_bar, v_bar = lax.fori_loop(jnp.int32(0), jnp.int32(group), of_head, (zeros(h), zeros(d)))
-        store(out[0], k_bar * x.terms.scale[...], keys, blocks.whole(h))
+        store(out[0], k_bar * x.terms.scale, keys, blocks.whole(h))
         store(out[1], v_bar, keys, blocks.whole(d))
 
     grid = (pl.cdiv(s, cut.keys), heads, batch)
-    return _call(kernel, "of_keys", x, (x.k, x.v), (2, 2), grid, 1, cut, interpret)
-
-
-def _operands(q, k, v, terms, masks):
-    flat = lambda z: None if z is None else z.reshape(-1)
-    by_batch = lambda z: None if z is None else z.reshape(len(z), -1)
-    return Operands(
-        _by_place(q),
-        *(z[:, :, 0].transpose(0, 2, 1, 3) for z in (k, v)),
-        terms._replace(scale=flat(terms.scale), cap=flat(terms.cap)),
-        masks._replace(
-            query_length=flat(masks.query_length),
-            key_length=flat(masks.key_length),
-            query_segment=by_batch(masks.query_segment),
-            key_segment=by_batch(masks.key_segment),
-        ),
-    )
-
-
-def _by_place(x):
-    return x.transpose(0, 3, 1, 2, 4)
-
-
-def _call(kernel, name, x, like, out_heads, grid, group, cut, interpret):
-    """``kernel(operands, outputs)``, the grid being blocks, heads, ``group`` a key head, batch."""
-    at = lambda i, head, batch: (batch, lax.div(head, group) if group > 1 else head)
-    part = lambda head_axis: lambda z: blocks.part(z, at, head_axis)
-    everywhere = lambda z: pl.BlockSpec((None,), lambda *_: (0,))
-    by_head, by_batch = jax.tree.map(part(1), x), jax.tree.map(part(None), x)
-    specs = Operands(
-        *(jax.tree.map(part(2), z) for z in (x.q, x.k, x.v)),
-        jax.tree.map(everywhere, x.terms)._replace(bias=by_head.terms.bias),
-        by_batch.masks._replace(mask=by_head.masks.mask),
-        jax.tree.map(part(2), x.o_bar),
-        by_head.numbers,
-    )
-    return pl.pallas_call(
-        lambda x, *out: kernel(x, out),
-        grid=grid,
-        in_specs=(specs,),
-        out_specs=tuple(part(axis)(z) for z, axis in zip(like, out_heads, strict=True)),
-        out_shape=tuple(jax.ShapeDtypeStruct(z.shape, z.dtype) for z in like),
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        interpret=interpret,
-        name=f"dot_product_attention_{name}",
-    )(x)
+    return call(kernel, "of_keys", x, (x.k, x.v), (2, 2), grid, 1, cut, interpret)
 
 
 def _block_of_queries(band, cut, t, group):
@@ -213,20 +155,19 @@ def _block_of_queries(band, cut, t, group):
 
 
 def _keys_seen(band, cut, x, rows, s):
-    of_queries, of_keys, masked = _limits(x)
-    return blocks.span(rows, of_queries, cut.keys, s, of_keys, band, masked)
+    of_queries, of_keys = x.masks.query_length, x.masks.key_length
+    return blocks.span(rows, of_queries, cut.keys, s, of_keys, band, _hides(x))
 
 
 def _queries_that_see(band, cut, x, keys, t):
-    of_queries, of_keys, masked = _limits(x)
+    of_queries, of_keys = x.masks.query_length, x.masks.key_length
     seen_by = (band.right, band.left)
-    return blocks.span(keys, of_keys, cut.queries, t, of_queries, seen_by, masked)
+    return blocks.span(keys, of_keys, cut.queries, t, of_queries, seen_by, _hides(x))
 
 
-def _limits(x):
-    lengths = (x.masks.query_length, x.masks.key_length)
-    masked = x.masks.mask is not None or x.masks.query_segment is not None
-    return *(None if z is None else z[...] for z in lengths), masked
+def _hides(x):
+    """Whether any entry may be hidden, in band and lengths too."""
+    return x.masks.mask is not None or x.masks.query_segment is not None
 
 
 def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
@@ -239,22 +180,15 @@ def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
         z = load(ref, lax.rem(g, heads), rows.of(queries), keys.of(columns))
         return z.T if by_key else z
 
-    bias, scale, cap = x.terms
-    terms = x.terms._replace(
-        bias=None if bias is None else tile(bias),
-        scale=scale[...],
-        cap=None if cap is None else cap[...],
-    )
+    bias = x.terms.bias
+    terms = x.terms._replace(bias=None if bias is None else tile(bias))
     where = None
     if edge:
-        mask, t_end, s_end, t_segment, s_segment = x.masks
+        mask, _, s_end, t_segment, s_segment = x.masks
         if not keys.inside:
-            s_end = keys.length if s_end is None else jnp.minimum(s_end[...], keys.length)
-        elif s_end is not None:
-            s_end = s_end[...]
+            s_end = keys.length if s_end is None else jnp.minimum(s_end, keys.length)
         masks = x.masks._replace(
             mask=None if mask is None else tile(mask),
-            query_length=None if t_end is None else t_end[...],
             key_length=s_end,
             query_segment=None if t_segment is None else of_rows(load(t_segment, rows)),
             key_segment=None if s_segment is None else of_keys(load(s_segment, keys)),
@@ -264,14 +198,14 @@ def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
 
 
 def _numbers(x, rows, g):
-    """Mean, m and excess of queries; those beyond the end see no key."""
-    mean, m, excess = x.numbers
-    return load(mean, g, rows), load(m, g, rows, other=jnp.inf), load(excess, g, rows)
+    """The numbers of queries; those beyond the end see no key."""
+    mean, m, over_sum = x.numbers
+    return load(mean, g, rows), load(m, g, rows, other=jnp.inf), load(over_sum, g, rows)
 
 
-def _pull_back(entry, z, u, p_bar, mean, m, excess):
-    """p and the cotangent of scale ⟨q, k⟩."""
-    p = _exp(numerics.below_max(z, m)) * numerics.inverse_sum(excess)
+def _pull_back(entry, z, u, p_bar, mean, m, over_sum):
+    """p and the cotangent of scale ⟨q, k⟩; m is inf, not -inf, for a query that sees no key."""
+    p = _exp(z - m) * over_sum
     z_bar = p * (p_bar - mean)
     return p, z_bar if u is None else z_bar * entry.slope(u)
 

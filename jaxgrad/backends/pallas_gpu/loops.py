@@ -14,7 +14,7 @@ JAX has deprecated this way to Triton with version 0.11, in which it still works
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxgrad.backends.pallas_gpu import tiles
+from jaxgrad.backends.pallas_gpu.tiles import Operands
 
 Product = Callable[[Array, Array], Array]
-
-
-class Operands(NamedTuple):
-    """What a loop reads. Its body is given ``rows`` and ``scalars`` alone, cut to a tile."""
-
-    x: Any  # [t, d]
-    w: Any  # [d, v], or [v, d]
-    bias: Any  # [v], or None
-    rows: Any  # arrays of [t, 1]
-    scalars: Any  # arrays of []
 
 
 def sums(
@@ -62,7 +53,7 @@ def sums(
       The carries of ranges of classes, from the first on: arrays of [ranges, t, 1]. Their number is
       a power of two.
     """
-    plan = _plan("sums", operands, vocab_axis, tile)
+    plan = tiles.plan("sums", operands, vocab_axis, tile)
     per_split = -(-plan.tiles[1] // plan.splits)
 
     def kernel(operands, out):
@@ -70,9 +61,9 @@ def sums(
         rows, scalars = _read_rows(plan, operands, i)
 
         def visit(j, carry):
-            logits = _logits(plan, product, operands, vocab_axis, i, j)
-            where = _before(plan.v, plan.classes, j, logits.shape, 1)
-            return body(carry, logits, rows, scalars, j * plan.classes, where)
+            for column, logits, where in _logits(plan, product, operands, vocab_axis, i, j):
+                carry = body(carry, logits, rows, scalars, column, where)
+            return carry
 
         first = split * per_split
         last = jnp.minimum(first + per_split, plan.tiles[1])
@@ -116,22 +107,20 @@ def bars(
       dtype: Of x̄.
       sums_columns: Whether to return Σ x̄ over tokens too, which no rounding of x̄ enters.
     """
-    plan = _plan("bars", operands, vocab_axis, tile)
+    plan = tiles.plan("bars", operands, vocab_axis, tile)
 
     def kernel(operands, out):
         i, j = pl.program_id(0), pl.program_id(1)
         rows, scalars = _read_rows(plan, operands, i)
-        logits = _logits(plan, product, operands, vocab_axis, i, j)
-        inside = (
-            _before(plan.t, plan.tokens, i, logits.shape, 0),
-            _before(plan.v, plan.classes, j, logits.shape, 1),
-        )
-        x_bar = body(logits, rows, scalars, j * plan.classes, inside[1])
-        where = _all(*inside)
-        plgpu.store(out[0], x_bar.astype(dtype), mask=where)
-        if sums_columns:
-            x_bar = x_bar if where is None else jnp.where(where, x_bar, 0)
-            out[1][...] = x_bar.sum(0)
+        parts = _logits(plan, product, operands, vocab_axis, i, j)
+        for part, (column, logits, exists) in enumerate(parts):
+            x_bar = body(logits, rows, scalars, column, exists)
+            where = _all(exists, _before(plan.t, plan.tokens, i * plan.tokens, x_bar.shape, 0))
+            here = pl.ds(part * x_bar.shape[1], x_bar.shape[1])
+            plgpu.store(out[0].at[:, here], x_bar.astype(dtype), mask=where)
+            if sums_columns:
+                x_bar = x_bar if where is None else jnp.where(where, x_bar, 0)
+                out[1][here] = x_bar.sum(0)
 
     rows, columns = plan.tiles
     x_bar = jax.ShapeDtypeStruct((plan.t, plan.v), dtype)
@@ -149,12 +138,6 @@ def bars(
         ),
     )
     return x_bar, totals.sum(0)[: plan.v] if sums_columns else None
-
-
-def _plan(name, operands, vocab_axis, tile):
-    (t, d), v = operands.x.shape, operands.w.shape[vocab_axis]
-    itemsize = max(operands.x.dtype.itemsize, operands.w.dtype.itemsize)
-    return tiles.plan(name, t, d, v, itemsize, tile)
 
 
 def _call(kernel, plan, operands, interpret, grid, out_shape, out_specs):
@@ -178,39 +161,54 @@ def _whole(z):  # addresses are computed in the kernel, and what lies beyond the
 
 
 def _read_rows(plan, operands, i):
-    where = _before(plan.t, plan.tokens, i, (plan.tokens,), 0)
+    where = _before(plan.t, plan.tokens, i * plan.tokens, (plan.tokens,), 0)
     here = pl.ds(i * plan.tokens, plan.tokens)
     rows = jax.tree.map(lambda ref: _load(ref.at[here], where)[:, None], operands.rows)
     return rows, jax.tree.map(lambda ref: ref[0], operands.scalars)
 
 
 def _logits(plan, product, operands, vocab_axis, i, j):
-    """x w + b of a tile; that of no features and no classes, 0, where it reaches beyond the end."""
-    rows, columns = pl.ds(i * plan.tokens, plan.tokens), pl.ds(j * plan.classes, plan.classes)
-    of_w = (plan.features, plan.classes) if vocab_axis == 1 else (plan.classes, plan.features)
+    """x w + b of a tile in its parts, each with its first class and which of its entries exist.
 
-    def chunk(k, total):
+    x, w and b are 0 beyond their ends.
+    """
+    rows, width = pl.ds(i * plan.tokens, plan.tokens), plan.classes // plan.parts
+    columns = [j * plan.classes + part * width for part in range(plan.parts)]
+    of_x, of_w = (plan.tokens, plan.features), (plan.features, width)
+    of_w = of_w if vocab_axis == 1 else of_w[::-1]
+
+    def chunk(k, totals):
         features = pl.ds(k * plan.features, plan.features)
         x = _load(
             operands.x.at[rows, features],
-            _before(plan.t, plan.tokens, i, (plan.tokens, plan.features), 0),
-            _before(plan.d, plan.features, k, (plan.tokens, plan.features), 1),
+            _before(plan.t, plan.tokens, i * plan.tokens, of_x, 0),
+            _before(plan.d, plan.features, k * plan.features, of_x, 1),
         )
-        w = _load(
-            operands.w.at[(features, columns) if vocab_axis == 1 else (columns, features)],
-            _before(plan.v, plan.classes, j, of_w, vocab_axis),
-            _before(plan.d, plan.features, k, of_w, 1 - vocab_axis),
-        )
-        return total + product(x, w)
 
-    zero = jnp.zeros((plan.tokens, plan.classes), jnp.float32)
-    logits = lax.fori_loop(0, plan.chunks, chunk, zero)
-    if operands.bias is None:
-        return logits
-    bias = _load(
-        operands.bias.at[columns], _before(plan.v, plan.classes, j, (plan.classes,), 0)
-    )
-    return logits + bias[None, :]
+        def w(column):
+            place = (features, pl.ds(column, width))
+            return _load(
+                operands.w.at[place if vocab_axis == 1 else place[::-1]],
+                _before(plan.v, plan.classes, column, of_w, vocab_axis),
+                _before(plan.d, plan.features, k * plan.features, of_w, 1 - vocab_axis),
+            )
+
+        return [
+            total + product(x, w(column)) for total, column in zip(totals, columns, strict=True)
+        ]
+
+    def with_bias(logits, column):
+        if operands.bias is None:
+            return logits
+        exists = _before(plan.v, plan.classes, column, (width,), 0)
+        return logits + _load(operands.bias.at[pl.ds(column, width)], exists)[None, :]
+
+    zeros = [jnp.zeros((plan.tokens, width), jnp.float32) for _ in columns]
+    totals = lax.fori_loop(0, plan.chunks, chunk, zeros)
+    return [
+        (column, with_bias(z, column), _before(plan.v, plan.classes, column, z.shape, 1))
+        for z, column in zip(totals, columns, strict=True)
+    ]
 
 
 def _load(ref, *inside):
@@ -225,8 +223,8 @@ def _all(*masks):
     return functools.reduce(operator.and_, masks) if masks else None
 
 
-def _before(total, size, k, shape, axis):
-    """Which entries of block ``k`` of that ``size`` exist; None for all, where it divides."""
+def _before(total, size, first, shape, axis):
+    """Which entries from ``first`` on exist; None for all, as where the tile divides the whole."""
     if total % size == 0:
         return None
-    return lax.broadcasted_iota(jnp.int32, shape, axis) < total - k * size
+    return lax.broadcasted_iota(jnp.int32, shape, axis) < total - first

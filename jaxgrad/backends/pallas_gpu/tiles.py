@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 
 SMALLEST = 16  # side of a product
 PROGRAMS = 4096  # of the forward: more than enough to fill a chip evenly, a few numbers a row each
-BLOCK_BYTES = 128 * 2**20  # of x̄, for all tokens and a block of classes
+BLOCK = 16384  # classes of x̄ in memory at a time, for all tokens
+BLOCK_BYTES = 128 * 2**20  # of it
+
+
+class Operands(NamedTuple):
+    """What a loop reads. Its body is given ``rows`` and ``scalars`` alone, cut to a tile."""
+
+    x: Any  # [t, d]
+    w: Any  # [d, v], or [v, d]
+    bias: Any  # [v], or None
+    rows: Any  # arrays of [t, 1]
+    scalars: Any  # arrays of []
 
 
 class Tile(NamedTuple):
@@ -21,11 +32,12 @@ class Tile(NamedTuple):
     feature_bytes: int  # of a row of a chunk of d
     warps: int
     stages: int
+    parts: int  # that a body is given one after the other: fewer registers are in use at a time
 
 
 LARGEST = {
-    "sums": Tile(128, 128, 128, warps=4, stages=3),
-    "bars": Tile(128, 128, 128, warps=4, stages=3),
+    "sums": Tile(128, 256, 128, warps=8, stages=4, parts=1),
+    "bars": Tile(128, 256, 128, warps=8, stages=3, parts=1),
 }
 
 
@@ -40,6 +52,7 @@ class Plan(NamedTuple):
     features: int
     warps: int
     stages: int
+    parts: int
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -59,12 +72,15 @@ class Plan(NamedTuple):
         return 2 ** math.floor(math.log2(wanted))
 
 
-def plan(name: str, t: int, d: int, v: int, itemsize: int, tile: tuple[int, int] | None) -> Plan:
+def plan(name: str, operands: Operands, vocab_axis: int, tile: tuple[int, int] | None) -> Plan:
     """The sizes of a loop, and the tile that is asked for or the largest that is of use."""
+    (t, d), v = operands.x.shape, operands.w.shape[vocab_axis]
+    itemsize = max(operands.x.dtype.itemsize, operands.w.dtype.itemsize)
     largest = LARGEST[name]
     tokens, classes = tile or (_side(t, largest.tokens), _side(v, largest.classes))
     features = _side(d, largest.feature_bytes // itemsize)
-    return Plan(t, d, v, tokens, classes, features, largest.warps, largest.stages)
+    parts = min(largest.parts, classes // SMALLEST)
+    return Plan(t, d, v, tokens, classes, features, *largest[3:5], parts)
 
 
 def obstacle(tile: Any) -> str | None:
@@ -74,9 +90,10 @@ def obstacle(tile: Any) -> str | None:
     return f"takes chunk_size=(tokens, classes), powers of two from {SMALLEST} on, got {tile}"
 
 
-def block(t: int, v: int, itemsize: int) -> int:
-    """How many classes of x̄ are in memory at a time, at the most."""
-    return min(v, max(SMALLEST, BLOCK_BYTES // (itemsize * t)))
+def block(t: int, itemsize: int, multiple: int) -> int:
+    """How many classes of x̄ may be in memory at a time."""
+    classes = min(BLOCK, BLOCK_BYTES // (itemsize * t))
+    return max(multiple, classes // multiple * multiple)
 
 
 def _side(total, largest):
