@@ -87,13 +87,13 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
-      implementation: None to choose: "pallas_gpu" on an H100, where it was measured to be faster,
-        with "xla" for what that has not; else "xla". By name: "xla", any device and everything that
-        is described here; "pallas_gpu", kernels for GPU by way of Triton (a part of JAX that is
-        deprecated since 0.11, where it works), for heads of at most 256, without derivatives to
-        bias, scale and soft-cap, and without second ones; "pallas_gpu_interpret", the same on any
-        device, slowly. What is named runs, or an error tells why not. :func:`jax.export` does not
-        serialize kernels: name "xla" there.
+      implementation: None to choose: "pallas_gpu" for 16-bit arrays where one H100 is all there is,
+        as it was measured to be faster there, with "xla" for what it lacks; else "xla". By name:
+        "xla", any device and all that is described here; "pallas_gpu", kernels for GPU by way of
+        Triton (a part of JAX that is deprecated since 0.11, where it works), for heads of at most
+        256, without derivatives to bias, scale and soft-cap, and without second ones;
+        "pallas_gpu_interpret", the same on any device, slowly. What is named runs, or an error
+        tells why not. :func:`jax.export` does not serialize kernels: name "xla" there.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
