@@ -6,9 +6,10 @@ A row x is held as two numbers per row, its maximum and the *excess* of its sum 
     lse(x) = m + log1p(excess)                 σ_i = e_i / (1 + excess)               (2)
 
 Where one entry wins, S is 1 plus a few tiny terms and S - 1 has no digits left. There the excess is
-summed over the *others*: S < 3/2 proves that exactly one e_i is above 1/2, so
+summed over the *others*. S < 3/2 proves that exactly one e_i is above 1/2; from S = 9/8 on, S - 1
+has lost three bits at most, and is taken as it is:
 
-    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where ½ < S < 3/2                      (3)
+    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where |S - 1| < 1/8                    (3)
 
 An empty row (no entry above -inf) has m = -inf, S = 0, excess = -1: its lse is -inf, its σ 0. Two
 parts of a row, known by (m, excess), merge with h the part of the larger maximum, l the other:
@@ -18,7 +19,7 @@ parts of a row, known by (m, excess), merge with h the part of the larger maximu
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +144,8 @@ def narrow(x: Array, like: Array) -> Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def apart(*arrays: Array, wide: bool = False) -> tuple[Array, ...]:
-    """The same arrays, for one more consumer of what is computed from them.
+def apart(*arrays: Any, wide: bool = False) -> tuple[Any, ...]:
+    """The same arrays, or trees of them, for one more consumer of what is computed from them.
 
     XLA's CPU backend computes what two consumers share into an array of the size of the logits. If
     they share an exponential that pays, and wide arrays are left alone unless ``wide`` is set; a
@@ -153,6 +154,28 @@ def apart(*arrays: Array, wide: bool = False) -> tuple[Array, ...]:
     if is_wide(arrays[0]) and not wide:
         return arrays
     return lax.platform_dependent(*arrays, cpu=_barrier, default=lambda *same: same)
+
+
+def product(a: Array, b: Array, dimensions: Any, dtype: Any, precision: Any = None) -> Array:
+    """``lax.dot_general`` summed in ``dtype``; where one factor is of 16 bits, both are.
+
+    But few CPUs multiply 16-bit numbers, and XLA widens them inside the product, again and again.
+    There both are widened before it, and none is rounded.
+    """
+
+    def of(factors: Any) -> Callable[[Array, Array], Array]:
+        return lambda a, b: lax.dot_general(
+            a.astype(factors),
+            b.astype(factors),
+            dimensions,
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
+    narrowest = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    if jnp.finfo(narrowest).bits >= 32:
+        return of(dtype)(a, b)
+    return lax.platform_dependent(a, b, cpu=of(dtype), default=of(narrowest))
 
 
 def _barrier(*arrays):
@@ -205,8 +228,8 @@ def lost(e: Array) -> Array:
 
 
 def won(excess: Array) -> Array:
-    """Whether one entry outweighs all others of its row, twice over."""
-    return jnp.abs(excess) < 0.5
+    """Whether one entry outweighs all others of its row, eight times over."""
+    return jnp.abs(excess) < 0.125
 
 
 @custom_vmap

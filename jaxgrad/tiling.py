@@ -33,7 +33,7 @@ class Room(NamedTuple):
 
 
 # A tile of 4 MiB stays in a cache; with more kept tokens its products would not be faster.
-CPU = Room(tokens=1024, classes=1024, kept_tokens=512, kept_bytes=48 * 2**20)
+CPU = Room(tokens=1024, classes=1024, kept_tokens=512, kept_bytes=64 * 2**20)
 # Smaller products leave an H100 idle, and it computes logits anew as fast as it reads kept ones.
 GPU = Room(tokens=4096, classes=8192)
 

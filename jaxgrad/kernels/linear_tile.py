@@ -236,16 +236,15 @@ def pull_back(
             bars = bars._replace(labels=tiling.add(bars.labels, t_bar, row, column))
     if wanted.bias is not None:
         bars = bars._replace(bias=tiling.add(bars.bias, x_bar.sum(0), w_at))
-    if jnp.finfo(tokens.x.dtype).nmant < 10:
-        x_bar = x_bar.astype(tokens.x.dtype)  # not to float16, too coarse below 6e-5
+    rounds = jnp.finfo(tokens.x.dtype).nmant < 10  # not to float16, too coarse below 6e-5
     if wanted.x is not None:
         w = _classes(plan, head.w, start[1], x.shape[1])
         bars = bars._replace(
-            x=tiling.add(bars.x, _dot(plan, x_bar, 1, w, plan.vocab_axis), x_at, 0)
+            x=tiling.add(bars.x, _dot(plan, x_bar, 1, w, plan.vocab_axis, rounds), x_at, 0)
         )
     if wanted.w is not None:
         pair = (tokens.x, x_bar) if plan.vocab_axis == 1 else (x_bar, tokens.x)
-        w_bar = _dot(plan, pair[0], 0, pair[1], 0)
+        w_bar = _dot(plan, pair[0], 0, pair[1], 0, rounds)
         bars = bars._replace(w=tiling.add(bars.w, w_bar, *along(plan, w_at)))
     return bars
 
@@ -278,14 +277,9 @@ def _entries(labels, start, size):  # where the k classes stand in a tile; ``siz
     return jnp.where(inside, labels.indices - start, size), inside
 
 
-def _dot(plan, a, a_axis, b, b_axis):
-    """A product of tiles, contracted over one axis of each."""
-    if a.dtype != b.dtype:
+def _dot(plan, a, a_axis, b, b_axis, rounds=False):
+    """A product of tiles, contracted over one axis of each; ``rounds``: a wide one may be."""
+    if a.dtype != b.dtype and not rounds:
         a, b = a.astype(plan.wide), b.astype(plan.wide)
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=plan.wide,
-    )
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return numerics.product(a, b, dimensions, plan.wide, plan.precision)

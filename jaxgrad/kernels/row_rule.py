@@ -90,16 +90,16 @@ def measure(
     x = numerics.masked(x, where, 0)
 
     def d() -> Array:
-        x_, top_ = numerics.apart(x, top, wide=True)
-        return below(rule, x_, top_, where)
+        x_, top_, rule_ = numerics.apart(x, top, rule, wide=True)  # or a scalar is spread out
+        return below(rule_, x_, top_, where)
 
     part = Part(top, numerics.row_excess(d, axis))
     if t is not None:
         t = numerics.masked(numerics.widen(t), where, 0)
 
         def gap(multiply: Callable[..., Array]) -> Array:
-            x_, top_, t_ = numerics.apart(x, top, t, wide=True)
-            return multiply(t_, -below(rule, x_, top_, where)).sum(axis, keepdims=True)
+            x_, top_, t_, rule_ = numerics.apart(x, top, t, rule, wide=True)
+            return multiply(t_, -below(rule_, x_, top_, where)).sum(axis, keepdims=True)
 
         plain = gap(operator.mul)
         part = part._replace(
