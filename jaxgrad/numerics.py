@@ -206,7 +206,8 @@ def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
 
     def others() -> Array:  # (3)
         e = jnp.exp(below())
-        return jnp.where(won(excess), (e * lost(e)).sum(axis, keepdims=True), excess)
+        lost = 1 - jnp.floor(e + 0.5)
+        return jnp.where(won(excess), (e * lost).sum(axis, keepdims=True), excess)
 
     return if_any(won(excess), others, lambda: excess)
 
@@ -220,11 +221,6 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
     return lax.platform_dependent(
         cpu=lambda: lax.cond(_any(lax.stop_gradient(rows)), then, otherwise), default=then
     )
-
-
-def lost(e: Array) -> Array:
-    """1 for each entry of a row that is not its winner, 0 for one that is: by (3)."""
-    return 1 - jnp.floor(e + 0.5)
 
 
 def won(excess: Array) -> Array:
