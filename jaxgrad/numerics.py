@@ -156,28 +156,6 @@ def apart(*arrays: Any, wide: bool = False) -> tuple[Any, ...]:
     return lax.platform_dependent(*arrays, cpu=_barrier, default=lambda *same: same)
 
 
-def product(a: Array, b: Array, dimensions: Any, dtype: Any, precision: Any = None) -> Array:
-    """``lax.dot_general`` summed in ``dtype``; where one factor is of 16 bits, both are.
-
-    But few CPUs multiply 16-bit numbers, and XLA widens them inside the product, again and again.
-    There both are widened before it, and none is rounded.
-    """
-
-    def of(factors: Any) -> Callable[[Array, Array], Array]:
-        return lambda a, b: lax.dot_general(
-            a.astype(factors),
-            b.astype(factors),
-            dimensions,
-            precision=precision,
-            preferred_element_type=dtype,
-        )
-
-    narrowest = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    if jnp.finfo(narrowest).bits >= 32:
-        return of(dtype)(a, b)
-    return lax.platform_dependent(a, b, cpu=of(dtype), default=of(narrowest))
-
-
 def _barrier(*arrays):
     return lax.optimization_barrier(arrays)
 
@@ -197,10 +175,11 @@ def below_max(x: Array, m: Array) -> Array:
     return widen(x) - jnp.where(m == -jnp.inf, 0, m)
 
 
-def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
+def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) -> Array:
     """Excess of (1), by (3) where one entry wins; ``below()`` gives x - m.
 
-    ``below`` is a function so that each sum fuses with a subtraction of its own.
+    ``below`` is a function so that each sum fuses with a subtraction of its own. ``branches``:
+    whether to compute (3) only if it is needed, where that pays.
     """
     excess = jnp.exp(below()).sum(axis, keepdims=True) - 1
 
@@ -209,7 +188,7 @@ def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
         lost = 1 - jnp.floor(e + 0.5)
         return jnp.where(won(excess), (e * lost).sum(axis, keepdims=True), excess)
 
-    return if_any(won(excess), others, lambda: excess)
+    return if_any(won(excess), others, lambda: excess) if branches else others()
 
 
 def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array]) -> Array:
@@ -217,6 +196,10 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
 
     On a CPU a branch saves a pass over the array. Elsewhere it would stall the device, and
     ``then()``, which must be right for all rows, fuses with the work around it.
+
+    On a mesh, the arrays that the branches use must vary over the same axes, by ``sharding.lift``:
+    JAX would make them so inside a branch, and sum their cotangents there, waiting for shards that
+    take the other.
     """
     return lax.platform_dependent(
         cpu=lambda: lax.cond(_any(lax.stop_gradient(rows)), then, otherwise), default=then

@@ -22,7 +22,6 @@ from jax import Array, lax
 from jaxgrad import numerics
 
 
-
 class Room(NamedTuple):
     """The largest tile of logits, and how many of them may be kept from one loop to the next."""
 
@@ -118,6 +117,35 @@ def fold_overlapping(
 
     carry, tiles = lax.scan(_anew(step), carry, jnp.arange(count, dtype=jnp.int32))
     return carry, jax.tree.map(join, tiles)
+
+
+def product(
+    a: Array,
+    b: Array,
+    dimensions: Any,
+    dtype: Any,
+    precision: Any = None,
+    branches: bool = True,
+) -> Array:
+    """``lax.dot_general`` summed in ``dtype``; where one factor is of 16 bits, both are.
+
+    But few CPUs multiply 16-bit numbers, and XLA widens them inside the product, again and again.
+    There both are widened before it, and none is rounded; without ``branches``, nowhere.
+    """
+
+    def of(factors: Any) -> Callable[[Array, Array], Array]:
+        return lambda a, b: lax.dot_general(
+            a.astype(factors),
+            b.astype(factors),
+            dimensions,
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
+    narrowest = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    if jnp.finfo(narrowest).bits >= 32 or not branches:
+        return of(narrowest)(a, b)
+    return lax.platform_dependent(a, b, cpu=of(dtype), default=of(narrowest))
 
 
 def take(x: Array, start: Any, size: int, axis: int) -> Array:

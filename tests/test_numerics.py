@@ -99,15 +99,6 @@ def test_widening(dtype, wide):
     assert numerics.narrow(numerics.widen(x), like=x).dtype == dtype
 
 
-@pytest.mark.parametrize("platform, factors", [("cpu", "f32"), ("tpu", "bf16")])
-def test_factors_are_widened_on_a_cpu_and_rounded_elsewhere(platform, factors):
-    a, b = jnp.ones((2, 3), "bfloat16"), jnp.ones((3, 2))
-    dimensions = (((1,), (0,)), ((), ()))
-    product = jax.jit(lambda a, b: numerics.product(a, b, dimensions, "float32"))
-    text = product.trace(a, b).lower(lowering_platforms=(platform,)).as_text()
-    assert f"(tensor<2x3x{factors}>, tensor<3x2x{factors}>) -> tensor<2x2xf32>" in text
-
-
 def test_float64_is_not_narrowed(x64):
     assert numerics.widen(jnp.ones(3, "float64")).dtype == "float64"
 
