@@ -6,10 +6,10 @@ A row x is held as two numbers per row, its maximum and the *excess* of its sum 
     lse(x) = m + log1p(excess)                 σ_i = e_i / (1 + excess)               (2)
 
 Where one entry wins, S is 1 plus a few tiny terms and S - 1 has no digits left. There the excess is
-summed over the *others*. S < 3/2 proves that exactly one e_i is above 1/2; from S = 9/8 on, S - 1
-has lost three bits at most, and is taken as it is:
+summed over the *others*. S < 3/2 proves that exactly one e_i is above 1/2; from S = 5/4 on, S - 1
+has lost two bits at most, and is taken as it is:
 
-    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where |S - 1| < 1/8                    (3)
+    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where |S - 1| < 1/4                    (3)
 
 An empty row (no entry above -inf) has m = -inf, S = 0, excess = -1: its lse is -inf, its σ 0. Two
 parts of a row, known by (m, excess), merge with h the part of the larger maximum, l the other:
@@ -207,8 +207,8 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
 
 
 def won(excess: Array) -> Array:
-    """Whether one entry outweighs all others of its row, eight times over."""
-    return jnp.abs(excess) < 0.125
+    """Whether one entry outweighs all others of its row, four times over."""
+    return jnp.abs(excess) < 0.25
 
 
 @custom_vmap
