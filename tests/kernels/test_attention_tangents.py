@@ -20,7 +20,8 @@ B, T, S, N, K, H = 1, 5, 6, 4, 2, 3
 def small_tiles(monkeypatch):
     """Tiles of which these arrays have several."""
     attention._jit.clear_cache()
-    monkeypatch.setattr(attention_tiles, "SIDE", 4)
+    for name in ("QUERIES", "KEYS", "BAND_KEYS"):
+        monkeypatch.setattr(attention_tiles, name, 4)
     yield
     attention._jit.clear_cache()
 
