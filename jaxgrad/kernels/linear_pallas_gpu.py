@@ -37,7 +37,7 @@ def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
         return linear_tile.nothing(plan, tokens._replace(x=jnp.zeros((size, 1))), rule)
 
     def body(so_far, x, labels, rule, column, where):
-        some = Tokens(None, labels, where)
+        some = tokens._replace(labels=labels, where=where)
         part = linear_tile.measure(plan, some, rule, x, column)
         return linear_rows.merge(rule, so_far, part)
 
@@ -102,7 +102,7 @@ def pull_back(
         if wanted.w is not None:
             corner = linear_tile.along(plan, first)
             new = new._replace(w=tiling.put(bars.w, new.w, *corner))
-        if wanted.bias is not None:
+        if bias_bar is not None:
             new = new._replace(bias=tiling.put(bars.bias, bias_bar, first))
         return new, ()
 
