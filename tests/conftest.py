@@ -1,5 +1,6 @@
 """Every test runs under JAX's strict promotion modes, on the device that JAX_PLATFORMS names."""
 
+import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,8 +28,13 @@ def release():
 
 
 @pytest.fixture
-def unoptimised():
-    """Programs as XLA has them before its optimiser: for what holds whatever that does."""
+def unoptimised(monkeypatch):
+    """Programs as XLA has them before its optimiser: for what holds whatever that does.
+
+    Those that a test itself compiles as one, XLA's CPU compiler emits the quick way, too.
+    """
+    quick = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=quick))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
