@@ -49,9 +49,7 @@ def _per_token_jvp(plan, residuals, head_dot, tokens_dot, rule_dot):
         columns_dot = Head(*columns_dot)
 
         def chunk(_, row, size, __):
-            some, some_dot, part_, units_ = linear_schedules._some(
-                (clean, tokens_dot, part, units), row, size
-            )
+            some, some_dot, part_, units_ = tiling.rows((clean, tokens_dot, part, units), row, size)
             x = linear_tile.logits(plan, head, some.x, column, width)
             x_dot = _logits_dot(plan, head, columns_dot, some.x, some_dot.x, column, width)
             t = linear_tile.targets(plan, some.labels, column, width)
