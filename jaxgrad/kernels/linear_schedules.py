@@ -17,6 +17,7 @@ either is the first loop alone. Every loop can be differentiated again, at the m
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgrad import sharding, tiling
+from jaxgrad import modes, sharding, tiling
 from jaxgrad.kernels import linear_bars, linear_pallas, linear_rows, linear_tile, row_rule
 from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
@@ -35,6 +36,17 @@ from jaxgrad.kernels.row_rule import Part, Rule
 # A w̄ of 16 bits is rounded so many times: summed as a whole, it would be held in 32 bits as well;
 # class tile by class tile, XLA's CPU would widen and round all of it for each.
 BLOCKS = 4
+
+
+def _in_halves(schedule: Callable) -> Callable:
+    """``schedule``, at the same memory where it is differentiated: by tiles half as large."""
+    op = functools.partial(jax.custom_jvp, nondiff_argnums=(0,))(schedule)
+
+    @functools.partial(op.defjvp, symbolic_zeros=True)
+    def _(plan, primals, tangents):
+        return modes.push(functools.partial(schedule, plan.halved()), primals, tangents)
+
+    return op
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -48,7 +60,11 @@ def _forward(plan, head, tokens, rule):
     if plan.implementation != "xla":
         sums = linear_pallas.stream(plan, head, tokens, rule)
         return linear_rows.finish(plan, tokens, rule, *sums)
+    return _rows(plan, head, tokens, rule)
 
+
+@_in_halves
+def _rows(plan, head, tokens, rule):
     def chunk(carry, row, size, _):
         some = _some(tokens, row, size)
         part, best, _ = _stream(plan, head, some, rule)
@@ -81,6 +97,7 @@ def _per_token_bwd(plan, residuals, bar):
 per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
 
 
+@_in_halves
 def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 

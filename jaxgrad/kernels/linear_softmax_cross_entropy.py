@@ -225,7 +225,7 @@ def _jit(
     )
     plan = plan._replace(entropy=return_aux, argmax=return_aux, gauss_newton=mode == "gauss_newton")
     plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
-    schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
+    schedules = modes.of(mode, linear_schedules, linear_tangents)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:
         rows: Any = schedules.per_token(plan, head, tokens, rule)

@@ -81,7 +81,7 @@ def _log_softmax_jit(mode, x, axis, where, axis_name):
     where = numerics.as_mask(where, x, of="log_softmax")
     axes = numerics.as_axes(axis, x, of="log_softmax")
     sharding.check("log_softmax", axis_name, cut={"x": x})
-    log_softmax = modes.of(mode, _log_softmax, _log_softmax_twin, axis_name)
+    log_softmax = modes.of(mode, _log_softmax, _log_softmax_twin)
     return log_softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
