@@ -172,7 +172,8 @@ def _softmax(
 def _forward(axis, axis_name, x, where):  # (1)
     x = numerics.masked(x, where)
     m = sharding.pmax(numerics.row_max(x, axis), axis_name)
-    s = jnp.exp(numerics.below_max(*numerics.apart(x, m))).sum(axis, keepdims=True)
+    below = numerics.below_max(*numerics.apart(*sharding.lift((x, m))))
+    s = jnp.exp(below).sum(axis, keepdims=True)
     s = sharding.psum(s, axis_name)
     return numerics.narrow(_share(x, m, s), like=x), m, s
 
@@ -191,7 +192,7 @@ def _bwd(axis, axis_name, residuals, y_bar):
     y_bar = numerics.masked(y_bar, where, 0)
 
     def operands(*rows):
-        y_bar_, *again = numerics.apart(y_bar, *kept, *rows)
+        y_bar_, *again = numerics.apart(*sharding.lift((y_bar, *kept, *rows)))
         if numerics.is_wide(y_bar):
             return again[0], y_bar_
         x, m, s = again[:3]
@@ -223,7 +224,7 @@ def _jvp(axis, axis_name, residuals, x_dot, _):  # (5)
     def y():
         if numerics.is_wide(x_dot):
             return kept[0]
-        x, m, s = numerics.apart(*kept)
+        x, m, s = numerics.apart(*sharding.lift(kept))
         return _share(numerics.masked(x, where), m, s)
 
     def total(u):

@@ -256,21 +256,23 @@ def test_classes_cut_over_an_axis(x64, unoptimised, standard_promotion):
     in_axes = (None, {k: 0 if classes[k] else None for k in a})
     mapped = lambda *args: jax.vmap(on_shards, in_axes, axis_name="i")(*args)[0]
 
+    at_zero = jnp.zeros(())
+
     def first(f, *at):
-        _, forward = push(lambda s: f(s, *at))(0.0)
+        _, forward = push(lambda s: f(s, *at))(at_zero)
         total = lambda s: (f(s, *at) * jnp.arange(1, len(forward) + 1)).sum()
-        return forward, jax.grad(total)(0.0), total
+        return forward, jax.grad(total)(at_zero), total
 
     @jax.jit
     def run():
         forward, gradient, total = first(on_mesh, a)
-        found = forward, gradient, jax.jvp(jax.grad(total), (0.0,), (1.0,))[1]
+        found = forward, gradient, push(jax.grad(total))(at_zero)[1]
         return found, first(mapped, parts)[:2]
 
     @jax.jit
     def expected():
-        forward, gradient, total = first(functools.partial(cut, jaxgrad.forward_mode, None), a)
-        return forward, gradient, jax.jvp(jax.grad(total), (0.0,), (1.0,))[1]
+        forward, gradient, total = first(functools.partial(cut, forward_mode, None), a)
+        return forward, gradient, push(jax.grad(total))(at_zero)[1]
 
     found, by_vmap = run()
     true = expected()

@@ -90,8 +90,8 @@ def test_derivatives_of_both_orders(make, reduction, x64, standard_promotion, un
     @jax.jit
     def run():
         twin = functools.partial(fused, forward_mode.linear_softmax_cross_entropy)
-        by_rule = jax.grad(functools.partial(fused, jaxgrad.linear_softmax_cross_entropy))(0.0)
-        return derivatives(twin), plain_derivatives(plain), by_rule
+        default = functools.partial(fused, jaxgrad.linear_softmax_cross_entropy)
+        return derivatives(twin), plain_derivatives(plain), jax.grad(default)(jnp.zeros(()))
 
     found, expected, by_rule = run()
     close(found, expected)
