@@ -136,42 +136,43 @@ def test_log_probs_and_an_unknown_label(unoptimised):
     assert np.isfinite(w_bar).all()
 
 
-def test_products_hold_two_tiles_where_the_gradient_holds_one():
+@pytest.mark.parametrize("reduction", ["mean", None])
+def test_products_hold_two_tiles_where_the_gradient_holds_one(reduction):
     """Read from the compiled program: nothing of tokens × classes in it, and its temporaries."""
     t, d, v = 1024, 256, 32768
     x, w = jax.ShapeDtypeStruct((t, d), "float32"), jax.ShapeDtypeStruct((d, v), "float32")
     labels = jax.ShapeDtypeStruct((t,), "int32")
 
-    def loss(x, w, labels):
-        head = forward_mode.linear_softmax_cross_entropy
-        return head(x, w, labels, reduction="mean")
+    def gradient(module, x, w, labels):
+        return jax.grad(functools.partial(loss, module), (0, 1))(x, w, labels)
 
-    def jvp(x, w, labels, x_dot, w_dot):
-        return jax.jvp(lambda x, w: loss(x, w, labels), (x, w), (x_dot, w_dot))
+    def loss(module, x, w, labels):
+        return module.linear_softmax_cross_entropy(x, w, labels, reduction=reduction).sum()
 
-    def hvp(x, w, labels, x_dot, w_dot):
-        slope = jax.grad(loss, (0, 1))
-        return jax.jvp(lambda x, w: slope(x, w, labels), (x, w), (x_dot, w_dot))[1]
+    def jvp(module, x, w, labels, x_dot, w_dot):
+        return jax.jvp(lambda x, w: loss(module, x, w, labels), (x, w), (x_dot, w_dot))
 
-    def gnvp(x, w, labels, x_dot, w_dot):
+    def hvp(module, x, w, labels, x_dot, w_dot):
+        return jax.jvp(lambda x, w: gradient(module, x, w, labels), (x, w), (x_dot, w_dot))[1]
+
+    def gnvp(_, x, w, labels, x_dot, w_dot):
         return linear_softmax_cross_entropy_gnvp((x, w), (x_dot, w_dot), labels)
 
-    def read(f, *args):
-        compiled = jax.jit(f).lower(*args).compile()
+    def read(f, module, *args):
+        compiled = jax.jit(functools.partial(f, module)).lower(*args).compile()
         program = compiled.as_text()
         assert not re.search(rf"\[{t},{v}\]|\[{v},{t}\]", program)
         return compiled.memory_analysis().temp_size_in_bytes, len(re.findall(r" dot\(", program))
 
-    def gradient(x, w, labels):
-        return jax.grad(
-            functools.partial(jaxgrad.linear_softmax_cross_entropy, reduction="mean"), (0, 1)
-        )(x, w, labels)
-
-    allowed, _ = read(gradient, x, w, labels)
-    temp, _ = read(jax.grad(loss, (0, 1)), x, w, labels)
+    allowed, _ = read(gradient, jaxgrad, x, w, labels)
+    temp, _ = read(gradient, forward_mode, x, w, labels)
     assert temp <= 1.1 * allowed
-    for product in jvp, hvp, gnvp:
-        temp, products = read(product, x, w, labels, x, w)
+    dots = {
+        "mean": {(jvp, forward_mode): 3, (hvp, forward_mode): 7, (gnvp, jaxgrad): 5},
+        None: {(jvp, forward_mode): 4, (hvp, forward_mode): 10, (hvp, jaxgrad): 10},
+    }
+    for (product, module), expected in dots[reduction].items():
+        temp, products = read(product, module, x, w, labels, x, w)
         assert temp <= 2 * allowed + 16 * t, product  # and a few numbers a token
         if jax.default_backend() == "cpu":
-            assert products == {jvp: 3, hvp: 7, gnvp: 5}[product]
+            assert products == expected, product
