@@ -13,7 +13,7 @@ is computed anew rather than kept.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,34 @@ from jax import Array, lax
 
 from jaxgrad import numerics
 
-CLASSES = 1024  # a tile of float32 logits, 4 MB with as many tokens, stays in a cache
-TOKENS = 1024
-KEPT_TOKENS = 512  # more tokens a tile would not make its products faster
-KEPT_BYTES = 48 * 2**20  # of logits held at a time, where the tokens are those of all classes
 
 
-def tile_sizes(tokens: int, classes: int, keeps_logits: bool) -> tuple[int, int]:
+class Room(NamedTuple):
+    """The largest tile of logits, and how many of them may be kept from one loop to the next."""
+
+    tokens: int
+    classes: int
+    kept_tokens: int = 0  # at a time, where the classes are all
+    kept_bytes: int = 0
+
+
+# A tile of 4 MiB stays in a cache; with more kept tokens its products would not be faster.
+CPU = Room(tokens=1024, classes=1024, kept_tokens=512, kept_bytes=48 * 2**20)
+# Smaller products leave an H100 idle, and it computes logits anew as fast as it reads kept ones.
+GPU = Room(tokens=4096, classes=8192)
+
+
+def room(platform: str) -> Room:
+    """What ``platform`` has room for: measured on a CPU and a GPU, taken for any other from a CPU."""
+    return GPU if platform == "gpu" else CPU
+
+
+def tile_sizes(tokens: int, classes: int, keeps_logits: bool, room: Room) -> tuple[int, int]:
     """How many tokens and classes make a tile of logits."""
-    limit = TOKENS
+    limit = room.tokens
     if keeps_logits:
-        limit = min(KEPT_TOKENS, max(KEPT_BYTES // (4 * max(classes, 1)), 1))
-    return even(tokens, limit, 8), even(classes, CLASSES, 16)
+        limit = min(room.kept_tokens, max(room.kept_bytes // (4 * max(classes, 1)), 1))
+    return even(tokens, limit, 8), even(classes, room.classes, 16)
 
 
 def even(total: int, limit: int, multiple: int = 1) -> int:

@@ -54,11 +54,12 @@ def test_tiles_are_even_and_within_their_limit():
 @pytest.mark.parametrize("classes", (0, 1, 32768, 50257, 151936, 10**6, 10**9))
 @pytest.mark.parametrize("tokens", (0, 1, 512, 2048))
 def test_kept_logits_stay_within_the_budget(tokens, classes):
-    rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=True)
-    assert rows == 1 or 4 * rows * classes <= tiling.KEPT_BYTES
-    assert 1 <= columns <= tiling.CLASSES
-    rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=False)
-    assert rows <= tiling.TOKENS and columns <= tiling.CLASSES
+    room = tiling.room("cpu")
+    rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=True, room=room)
+    assert rows == 1 or 4 * rows * classes <= room.kept_bytes
+    assert 1 <= columns <= room.classes
+    rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=False, room=room)
+    assert rows <= room.tokens and columns <= room.classes
 
 
 def test_the_derivative_of_a_fold_is_that_of_the_loop():

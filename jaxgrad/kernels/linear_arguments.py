@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgrad import numerics, sharding, tiling
+from jaxgrad import backends, numerics, sharding, tiling
 from jaxgrad.kernels.linear_tile import Head, Labels, Plan, SparseLabels, Tokens, index_state
 from jaxgrad.kernels.loss_options import as_scalars, lifted
 from jaxgrad.kernels.row_rule import Rule
@@ -23,7 +23,7 @@ def arguments(
     ignore_index: int | None,
     vocab_axis: int,
     chunk_size: Any,
-    keeps_logits: bool,
+    reduces: bool,
     accumulate_dtype: Any,
     precision: Any,
     axis_name: sharding.AxisName,
@@ -67,16 +67,18 @@ def arguments(
     first, classes = sharding.extent(axis_name, v)
     labels = _as_labels(of, labels, lead, v, classes, ignore_index)
     accumulate = wide if wide.itemsize > 4 else jnp.dtype(accumulate_dtype)
-    t = math.prod(lead)
+    t, room = math.prod(lead), tiling.room(backends.platform())
+    keeps_logits = reduces and room.kept_bytes > 0
     plan = Plan(
         v=v,
         vocab_axis=vocab_axis,
         ignores=ignore_index is not None,
-        tile=_tile(of, t, v, keeps_logits, chunk_size),
+        tile=_tile(of, t, v, keeps_logits, chunk_size, room),
         wide=wide,
         accumulate=accumulate,
         precision=precision,
         axis_name=axis_name,
+        keeps_logits=keeps_logits,
     )
     first = None if axis_name is None else jnp.full((1, 1), first, jnp.int32)
     tokens = Tokens(x.reshape(t, d), labels, where, first)
@@ -137,11 +139,11 @@ def _as_labels(
     return index_state(labels, classes, ignore).reshape(-1, 1)
 
 
-def _tile(of: str, t: int, v: int, keeps_logits: bool, chunk_size: Any) -> tuple[int, int]:
+def _tile(of, t, v, keeps_logits, chunk_size, room) -> tuple[int, int]:
     if chunk_size is None:
-        return tiling.tile_sizes(t, v, keeps_logits)
+        return tiling.tile_sizes(t, v, keeps_logits, room)
     tokens, classes = chunk_size if isinstance(chunk_size, tuple) else (chunk_size, None)
     if tokens < 1 or (classes is not None and classes < 1):
         raise ValueError(f"{of}: chunk_size must be positive, got {chunk_size}")
-    classes = tiling.even(v, tiling.CLASSES, 16) if classes is None else min(classes, v)
+    classes = tiling.even(v, room.classes, 16) if classes is None else min(classes, v)
     return min(tokens, t), classes

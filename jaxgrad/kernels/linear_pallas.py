@@ -28,7 +28,9 @@ def implemented(
     """``plan`` with the implementation that runs the call, and the tile as that takes it."""
     obstacle = _obstacle(plan, head, tokens, mode, chunk_size)
     name = backends.choose(of, implementation, obstacle).name
-    return plan if name == "xla" else plan._replace(implementation=name, tile=chunk_size)
+    if name == "xla":
+        return plan
+    return plan._replace(implementation=name, tile=chunk_size, keeps_logits=False)
 
 
 def _obstacle(plan, head, tokens, mode, chunk_size):

@@ -81,7 +81,8 @@ def linear_softmax_cross_entropy(
     None            4         float32 sums of w̄ and x̄, and a tile of logits; any cotangent
     ==============  ========  ====================================================================
 
-    A product is skipped where x or w is not differentiated. The float32 sums are the gradients
+    On a GPU all go the way of None, as fast there and with less memory. A product is skipped where
+    x or w is not differentiated. The float32 sums are the gradients
     themselves where x and w are float32. To reduce with the least memory take ``reduction=None``
     and sum. Gradients of gradients work at the same kind of memory.
 
@@ -237,7 +238,7 @@ def _jit(
         scale = scale if ignored is None else jnp.where(ignored, 0, scale)
         scale = mean_weights(scale) if reduction == "mean" else scale
         scale = sharding.lift_rows(scale, (head, tokens, rule), axis_name)
-        if plan.implementation == "xla":
+        if plan.keeps_logits:
             loss, rows = schedules.total(plan, head, tokens, rule, scale)
         else:
             rows = schedules.per_token(plan, head, tokens, rule)

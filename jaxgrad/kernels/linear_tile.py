@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     argmax: bool = False
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
+    keeps_logits: bool = False  # whether a loss that is reduced makes its gradients in the forward
     implementation: str = "xla"
 
     def halved(self) -> "Plan":

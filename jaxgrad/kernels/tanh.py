@@ -171,7 +171,7 @@ def _slope(x, cap):  # (5)
 
 def _remainder(x, u, cap):
     """x / cap - u, which the rounding of u lost: far out, sech² u feels it |u| times over."""
-    half = jnp.finfo(u.dtype).nmant // 2
+    half = (jnp.finfo(u.dtype).nmant - 1) // 2  # and a leading 1: products of two are exact
     exponent = jnp.finfo(u.dtype).nexp
     u_high, cap_high = (lax.reduce_precision(a, exponent, half) for a in (u, cap))
     u_low, cap_low = u - u_high, cap - cap_high

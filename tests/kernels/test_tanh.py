@@ -1,5 +1,7 @@
 """tanh and soft-cap: derivatives that keep their digits in saturation, and at both ends."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from cases import DTYPES, as_double, as_dtype
 
 from jaxgrad import soft_cap, tanh
+from jaxgrad.kernels.tanh import _remainder
 
 # Where sech² is representable: 1e-37 in float32 at 43.
 REACH = {"float16": 5.0, "bfloat16": 43.0, "float32": 43.0, "float64": 350.0}
@@ -80,3 +83,15 @@ def test_residuals():
     np.testing.assert_array_equal(kept, x)
     kept = jax.tree.leaves(jax.vjp(lambda x: soft_cap(x, 3.0), x)[1])
     assert sorted(z.size for z in kept) == [1, 5]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+def test_what_rounding_takes_from_the_quotient_needs_no_fused_multiply_add(dtype):
+    """Not jitted, every product is rounded, as on a GPU; fused ones are exact whatever is split."""
+    x = as_dtype(np.random.default_rng(0).uniform(200, 9000, 64), dtype)
+    with jax.enable_x64(dtype == "float64"):
+        u, cap = jnp.asarray(x) / np.asarray(29.7, dtype), jnp.asarray(29.7, dtype)
+        found = _remainder(jnp.asarray(x), u, cap)
+    c = Fraction(float(cap))
+    due = [float(Fraction(float(a)) / c - Fraction(float(b))) for a, b in zip(x, u, strict=True)]
+    np.testing.assert_allclose(found, due, rtol=1e-6)
