@@ -78,34 +78,54 @@ def push(f):
     return lambda s: jax.jvp(f, (s,), (jnp.ones_like(s),))
 
 
-def derivatives(f):
-    """Those of ``f``, of one number, at 0, by every composition of modes, forward "f", reverse "r".
+def forwards(f):
+    """``f``, of one number, and its first and second derivative, by forward mode throughout."""
 
-    Two of them give the first order beside the second.
+    def of(s):
+        (y, first), (_, second) = push(push(f))(s)
+        return y, first, second
+
+    return of
+
+
+def backwards(f):
+    """As :func:`forwards`, by reverse mode throughout."""
+
+    def slope(s):
+        y, first = jax.value_and_grad(f)(s)
+        return first, y
+
+    def of(s):
+        (first, y), second = jax.value_and_grad(slope, has_aux=True)(s)
+        return y, first, second
+
+    return of
+
+
+def mixed(f):
+    """Two orders by one mode over the other: forward over reverse, then reverse over forward."""
+    return lambda s: (*push(jax.grad(f))(s), jax.grad(lambda s: push(f)(s)[1])(s))
+
+
+def check_every_order(f, plain):
+    """The derivatives of ``f``, of one number, at 0.
+
+    The first two, by every composition of modes, are those of the formula ``plain``. By forward
+    mode throughout, and by reverse mode throughout, JAX's own check holds of ``f`` and of these
+    two: of the third order, that is. Its differences, of eps = 1e-4 in float64, are off by eps² / 6
+    times the derivative two orders higher, of which none here is a thousand times the one checked.
     """
-    at = jnp.zeros(())
-    (value, first), (_, ff) = push(push(f))(at)
-    r, fr = push(jax.grad(f))(at)
-    rf = jax.grad(lambda s: push(f)(s)[1])(at)
-    rr = jax.grad(jax.grad(f))(at)
-    return {"": value, "f": first, "r": r, "ff": ff, "fr": fr, "rf": rf, "rr": rr}
-
-
-def plain_derivatives(f):
-    """As :func:`derivatives`, by forward mode throughout: for a formula that JAX differentiates."""
-    (value, first), (_, second) = push(push(f))(jnp.zeros(()))
-    orders = value, first, second
-    return {modes: orders[len(modes)] for modes in ("", "f", "r", "ff", "fr", "rf", "rr")}
-
-
-def check_to_third_order(f):
-    """JAX's own check of ``f``, of one number, in float64, by differences of eps = 1e-4.
-
-    These are off by eps² / 6 times the derivative two orders higher, of which none here is a
-    thousand times the one that is checked.
-    """
-    for mode in "fwd", "rev":
-        check_grads(f, (jnp.zeros(()),), order=3, modes=[mode], atol=1e-5, rtol=1e-5)
+    at, by_forward, by_reverse = jnp.zeros(()), jax.jit(forwards(f)), jax.jit(backwards(f))
+    expected, (fr, rf) = jax.jit(lambda s: (forwards(plain)(s), mixed(f)(s)[1:]))(at)
+    found = {
+        "forward": by_forward(at),
+        "reverse": by_reverse(at),
+        "both": (*expected[:2], fr),
+        "both, in turn": (*expected[:2], rf),
+    }
+    close_to(found, expected)
+    for mode, of in ("fwd", by_forward), ("rev", by_reverse):
+        check_grads(of, (at,), order=1, modes=[mode], atol=1e-5, rtol=1e-5)
 
 
 def transformed(f):

@@ -9,15 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KERNELS, weights
-from formulas import (
-    PLAIN,
-    check_to_third_order,
-    close_to,
-    derivatives,
-    plain_derivatives,
-    push,
-    transformed,
-)
+from formulas import PLAIN, check_every_order, close_to, push, transformed
 from numpy.testing import assert_allclose
 
 import jaxgrad
@@ -116,21 +108,8 @@ def test_derivatives_of_every_mode_and_order(kernel, x64, unoptimised):
     v = tangents(primals)
     n = tuple(range(len(primals)))
 
-    @jax.jit
-    def run():
-        found = derivatives(weighted(along(function, primals, v)))
-        expected = plain_derivatives(weighted(along(plain, primals, v)))
-        return found, expected, [jax.grad(weighted(f), n)(*primals) for f in (function, default)]
-
-    found, expected, gradients = run()
-    close(found, expected)
-    close(*gradients)
-
-
-@every_kernel
-def test_check_grads(kernel, x64, unoptimised):
-    function, primals = split(kernel, twin(kernel))
-    check_to_third_order(weighted(along(function, primals, tangents(primals))))
+    check_every_order(*(weighted(along(f, primals, v)) for f in (function, plain)))
+    close(*jax.jit(lambda: [jax.grad(weighted(f), n)(*primals) for f in (function, default)])())
 
 
 @every_rule
@@ -180,7 +159,7 @@ def test_reverse_mode_needs_the_memory_of_the_rule(name):
         ("tanh", [[-np.inf, np.inf]], [0]),
     ],
 )
-def test_edges(name, x, kept):
+def test_edges(name, x, kept, unoptimised):
     function = getattr(forward_mode, name)
     function = functools.partial(function, axis=-1) if name == "logsumexp" else function
     for derive in jax.jacfwd, jax.jacrev:
@@ -201,7 +180,7 @@ def test_a_saturated_row_keeps_its_digits():
     assert_allclose(slope, 4 * np.exp(-24.0), rtol=1e-6)
 
 
-def test_ignored_and_unknown_labels():
+def test_ignored_and_unknown_labels(unoptimised):
     logits = jnp.array([[jnp.nan, 1.0], [1.0, 2.0], [1.0, 2.0]])
     labels = jnp.array([-1, 0, 7])
     f = functools.partial(
@@ -212,7 +191,7 @@ def test_ignored_and_unknown_labels():
     assert loss[0] == 0
 
 
-def test_what_is_masked_has_no_tangent_in_forward_over_reverse():
+def test_what_is_masked_has_no_tangent_in_forward_over_reverse(unoptimised):
     x, where = jnp.arange(3.0), jnp.array([True, True, False])
     f = lambda x: jaxgrad.log_softmax(x, where=where)
     y, y_dot = jax.jvp(lambda x: jax.vjp(f, x)[0], (x,), (x,))
@@ -220,25 +199,29 @@ def test_what_is_masked_has_no_tangent_in_forward_over_reverse():
     assert y_dot[2] == 0
 
 
-def cut(module, axis_name, s, a):
-    """A number of every kernel whose classes may be cut over an axis."""
+def cut(module, axis_name, names, s, a):
+    """A number of each kernel whose classes may be cut over an axis."""
     over = lambda z: z if axis_name is None else jax.lax.psum(z, axis_name)
     x, t, h, w = (a[k] * (1 + s * jnp.cos(a[k])) for k in ("x", "t", "h", "w"))
     rule = {"label_smoothing": 0.1 + s, "z_loss": 0.1, "temperature": 0.7 + s}
     call = lambda name, *args, **kwargs: getattr(module, name)(*args, axis_name=axis_name, **kwargs)
     head = functools.partial(call, "linear_softmax_cross_entropy", h, w, chunk_size=(2, 4))
-    loss, aux = head(a["labels"], h.sum() * w[0], return_aux=True, **rule)
     rows = {
-        "softmax": over((call("softmax", x, where=a["where"]) * t).sum()),
-        "log_softmax": over((call("log_softmax", x) * t).sum()),
-        "logsumexp": call("logsumexp", x, axis=-1).sum(),
-        "factors": call("logsumexp", x, axis=-1, b=t).sum(),
-        "dense": call("softmax_cross_entropy", x, t, logit_soft_cap=2.0 + s, **rule).sum(),
-        "integer": call(INTEGER, x, a["labels"], **rule).sum(),
-        "token by token": loss.sum() + jnp.sin(aux.lse).sum() + jnp.cos(aux.entropy).sum(),
-        "in total": head(t, reduction="mean", **rule),
+        "softmax": lambda: over((call("softmax", x, where=a["where"]) * t).sum()),
+        "log_softmax": lambda: over((call("log_softmax", x) * t).sum()),
+        "logsumexp": lambda: call("logsumexp", x, axis=-1).sum(),
+        "factors": lambda: call("logsumexp", x, axis=-1, b=t).sum(),
+        "dense": lambda: call("softmax_cross_entropy", x, t, logit_soft_cap=2.0 + s, **rule).sum(),
+        "integer": lambda: call(INTEGER, x, a["labels"], **rule).sum(),
+        "in total": lambda: head(t, reduction="mean", **rule),
+        "token by token": lambda: weigh(*head(a["labels"], h.sum() * w[0], return_aux=True)),
+        "sparse": lambda: head(forward_mode.SparseLabels(a["labels"][:, None], h[:, :1])).sum(),
     }
-    return jnp.stack([rows[name] for name in sorted(rows)])
+    return jnp.stack([rows[name]() for name in names or rows])
+
+
+def weigh(loss, aux):
+    return loss.sum() + jnp.sin(aux.lse).sum() + jnp.cos(aux.entropy).sum()
 
 
 def test_classes_cut_over_an_axis(x64, unoptimised, standard_promotion):
@@ -250,37 +233,44 @@ def test_classes_cut_over_an_axis(x64, unoptimised, standard_promotion):
     a |= {"labels": jnp.array([1, 6]), "where": normal((2, 8)) < 1}
     classes = {k: jax.P(None, "i") if k in ["x", "t", "w", "where"] else jax.P() for k in a}
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    on_shards = functools.partial(cut, forward_mode, "i")
-    on_mesh = jax.shard_map(on_shards, mesh=mesh, in_specs=(jax.P(), classes), out_specs=jax.P())
     parts = {k: z.reshape(-1, 4, 2).swapaxes(0, 1) if classes[k] else z for k, z in a.items()}
     in_axes = (None, {k: 0 if classes[k] else None for k in a})
-    mapped = lambda *args: jax.vmap(on_shards, in_axes, axis_name="i")(*args)[0]
+    at = jnp.zeros(())
 
-    at_zero = jnp.zeros(())
+    def on_mesh(*names):
+        on_shards = functools.partial(cut, forward_mode, "i", names)
+        specs = {"in_specs": (jax.P(), classes), "out_specs": jax.P()}
+        return lambda s: jax.shard_map(on_shards, mesh=mesh, **specs)(s, a)
 
-    def first(f, *at):
-        _, forward = push(lambda s: f(s, *at))(at_zero)
-        total = lambda s: (f(s, *at) * jnp.arange(1, len(forward) + 1)).sum()
-        return forward, jax.grad(total)(at_zero), total
+    def mapped(*names):
+        on_shards = functools.partial(cut, forward_mode, "i", names)
+        return lambda s: jax.vmap(on_shards, in_axes, axis_name="i")(s, parts)[0]
 
-    @jax.jit
-    def run():
-        forward, gradient, total = first(on_mesh, a)
-        found = forward, gradient, push(jax.grad(total))(at_zero)[1]
-        return found, first(mapped, parts)[:2]
+    def whole(*names):
+        return lambda s: cut(forward_mode, None, names, s, a)
 
-    @jax.jit
-    def expected():
-        forward, gradient, total = first(functools.partial(cut, forward_mode, None), a)
-        return forward, gradient, push(jax.grad(total))(at_zero)[1]
+    def total(f):
+        return lambda s: (f(s) * jnp.cos(jnp.arange(len(f(s))))).sum()
 
-    found, by_vmap = run()
-    true = expected()
-    close_on_mesh(found, true)
-    close_on_mesh(by_vmap, true[:2])
+    some = ("softmax", "log_softmax", "logsumexp", "dense", "integer", "in total")
+
+    def derivatives(of):
+        forward = push(of())(at)
+        rest = jax.grad(total(of("factors", "token by token", "sparse")))(at)
+        return forward, rest, push(jax.grad(total(of(*some))))(at)
+
+    def in_vmap(of):
+        f = of("log_softmax", "integer")
+        return push(f)(at), jax.grad(total(f))(at)
+
+    found, expected = (
+        jax.jit(lambda shards=shards, to=to: (derivatives(shards), in_vmap(to)))()
+        for shards, to in ((on_mesh, mapped), (whole, whole))
+    )
+    close_on_mesh(found, expected)
 
 
-def test_reverse_mode_inside_of_vmap_adds_up_the_shards():
+def test_reverse_mode_inside_of_vmap_adds_up_the_shards(unoptimised):
     x = jnp.arange(6.0).reshape(3, 2)
     f = lambda x: forward_mode.logsumexp(x, axis=-1, axis_name="i")
     found = jax.vmap(jax.grad(f), axis_name="i")(x)
