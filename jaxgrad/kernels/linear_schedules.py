@@ -138,9 +138,13 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     bars = zero._replace(
         w=linear_bars.cast(zero.w, wanted.w), bias=linear_bars.cast(zero.bias, wanted.bias)
     )
-    rounds = wanted.w is not None and wanted.w != plan.accumulate
-    size = tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
-    return tiling.fold(block, bars, plan.v, size)[0]
+    return tiling.fold(block, bars, plan.v, block_size(plan, wanted.w))[0]
+
+
+def block_size(plan: Plan, w_dtype: Any) -> int:
+    """How many classes of w̄, if one is wanted, are summed before they are rounded."""
+    rounds = w_dtype is not None and w_dtype != plan.accumulate
+    return tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
