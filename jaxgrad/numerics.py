@@ -174,10 +174,11 @@ def below_max(x: Array, m: Array) -> Array:
     return widen(x) - jnp.where(m == -jnp.inf, 0, m)
 
 
-def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
+def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) -> Array:
     """Excess of (1), by (3) where one entry wins; ``below()`` gives x - m.
 
-    ``below`` is a function so that each sum fuses with a subtraction of its own.
+    ``below`` is a function so that each sum fuses with a subtraction of its own. ``branches``:
+    whether to compute (3) only if it is needed, where that pays.
     """
     excess = jnp.exp(below()).sum(axis, keepdims=True) - 1
 
@@ -185,7 +186,7 @@ def row_excess(below: Callable[[], Array], axis: Axis) -> Array:
         e = jnp.exp(below())
         return jnp.where(won(excess), (e * lost(e)).sum(axis, keepdims=True), excess)
 
-    return if_any(won(excess), others, lambda: excess)
+    return if_any(won(excess), others, lambda: excess) if branches else others()
 
 
 def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array]) -> Array:
@@ -193,6 +194,10 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
 
     On a CPU a branch saves a pass over the array. Elsewhere it would stall the device, and
     ``then()``, which must be right for all rows, fuses with the work around it.
+
+    On a mesh, the arrays that the branches use must vary over the same axes, by ``sharding.lift``:
+    JAX would make them so inside a branch, and sum their cotangents there, waiting for shards that
+    take the other.
     """
     return lax.platform_dependent(
         cpu=lambda: lax.cond(_any(lax.stop_gradient(rows)), then, otherwise), default=then

@@ -10,6 +10,7 @@ them but the first. That is one maximum and one sum over the axis. The maximum c
 where a rule is differentiated again, so that S moves with every entry, the largest too.
 """
 
+import functools
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -41,42 +42,48 @@ def lift_rows(rows: Tree, like: Any, axis_name: AxisName = None) -> Tree:
 
 
 def check(
-    of: str, axis_name: AxisName, cut: Mapping[str, Any], whole: Mapping[str, Any] = _NONE
+    of: str,
+    axis_name: AxisName,
+    cut: Mapping[str, Any],
+    whole: Mapping[str, Any] = _NONE,
+    argument: str = "axis_name",
 ) -> None:
-    """Raise unless rows may be cut over ``axis_name``, as far as that can be told.
+    """Raise unless arrays may be cut over ``axis_name``, as far as that can be told.
 
     Args:
       of: The call, as errors name it.
       axis_name: The axis or axes, None for none.
       cut: Arguments of which each shard holds a part of its own.
       whole: Arguments that are the same on all shards.
+      argument: What the call names ``axis_name``.
     """
     if axis_name is None:
         return
+    given = f"{argument}={axis_name!r}"
     try:
         index = lax.axis_index(axis_name)
     except NameError as error:
         raise ValueError(
-            f"{of}: axis_name must name an axis of the shard_map or vmap around the call, "
+            f"{of}: {argument} must name an axis of the shard_map or vmap around the call, "
             f"got {axis_name!r}: {error}"
         ) from None
     axes = _manual(axis_name)
     if not axes <= _varying(index):
         raise ValueError(
-            f"{of}: axis_name={axis_name!r} needs shard_map(..., check_vma=True), its default: "
+            f"{of}: {given} needs shard_map(..., check_vma=True), its default: "
             "without, cotangents would be scaled by the number of shards or its inverse"
         )
     for name, x in cut.items():
         if not all(axes <= _varying(z) for z in jax.tree.leaves(x)):
             raise ValueError(
-                f"{of}: {name} must be cut over axis_name={axis_name!r}, each shard with "
+                f"{of}: {name} must be cut over {given}, each shard with "
                 f"a part of its own, got {_types(x)}, the same on every shard"
             )
     for name, x in whole.items():
         if axes & _axes(x):
             raise ValueError(
-                f"{of}: {name} must be the same on every shard of axis_name={axis_name!r}, where "
-                f"indices count the classes of all shards, got {_types(x)}, which varies over it"
+                f"{of}: {name} must be the same on every shard of {given}, where "
+                f"indices count what all shards hold, got {_types(x)}, which varies over it"
             )
 
 
@@ -91,6 +98,27 @@ def extent(axis_name: AxisName, size: int) -> tuple[Array | int, int]:
 def is_cut(x: Array, axis: int) -> bool:
     """Whether this axis of ``x`` is known to be sharded: by its type, over an Explicit mesh."""
     return jax.typeof(x).sharding.spec[axis] is not None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def collect(x: Array, axis_name: AxisName, axis: int) -> Array:
+    """The parts of ``x`` that the shards hold, along one axis of it.
+
+    Transposed, this is :func:`scatter`, of float32 for 16-bit arrays.
+    """
+    return lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+@collect.defjvp
+def _(axis_name, axis, primals, tangents):
+    (x,), (x_dot,) = primals, tangents
+    whole_dot = lax.all_gather(numerics.widen(x_dot), axis_name, axis=axis, tiled=True)
+    return collect(x, axis_name, axis), numerics.narrow(whole_dot, like=x_dot)
+
+
+def scatter(x: Array, axis_name: AxisName, axis: int) -> Array:
+    """The sum over the shards, of which each keeps its part along ``axis``."""
+    return lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
 
 
 def psum(tree: Tree, axis_name: AxisName) -> Tree:

@@ -35,6 +35,13 @@ def unoptimised():
 
 
 @pytest.fixture
+def eight_devices():
+    """Skips where there are fewer: a mesh needs them."""
+    if jax.device_count() < 8:
+        pytest.skip("a mesh of eight devices needs as many")
+
+
+@pytest.fixture
 def rng():
     """The same key in every run."""
     return jax.random.key(0)

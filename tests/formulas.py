@@ -112,8 +112,9 @@ def check_every_order(f, plain, third=True):
 
     The first two, by every composition of modes, are those of the formula ``plain``. ``third``: by
     forward mode throughout, and by reverse mode throughout, JAX's own check holds of ``f`` and of
-    these two, up to the third order, that is. Its differences, of eps = 1e-4 in float64, are off by eps² / 6
-    times the derivative two orders higher, of which none here is a thousand times the one checked.
+    these two, up to the third order, that is. Its differences, of eps = 1e-4 in float64, are off by
+    eps² / 6 times the derivative two orders higher, of which none here is a thousand times the one
+    checked.
     """
     at, by_forward, by_reverse = jnp.zeros(()), jax.jit(forwards(f)), jax.jit(backwards(f))
     expected, (fr, rf) = jax.jit(lambda s: (forwards(plain)(s), mixed(f)(s)[1:]))(at)

@@ -4,47 +4,22 @@ Most comparisons compile one function that holds several kernels: compilation is
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
-from numpy.testing import assert_allclose
+from meshes import abstract, close, collectives, mesh_of, sends_in_branches, sent
 
 import jaxgrad
 from jaxgrad import SparseLabels, forward_mode, linear_softmax_cross_entropy
-from jaxgrad.parallel import ring_attention, sharded
+from jaxgrad.parallel import sharded
 
 T, D, V = 8, 6, 16
-close = functools.partial(jax.tree.map, functools.partial(assert_allclose, rtol=1e-12, atol=1e-12))
 
 pytestmark = pytest.mark.usefixtures("eight_devices", "standard_promotion")
-
-
-@pytest.fixture
-def eight_devices():
-    if jax.device_count() < 8:
-        pytest.skip("a mesh of eight devices needs as many")
-
-
-def mesh_of(kind=AxisType.Auto, **sizes):
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
-
-
-def collectives(compiled):
-    """(kind, shapes, whether in a loop) of every collective of a compiled function."""
-    text = compiled.as_text()
-    loops, found, name = set(re.findall(r"body=%?([\w.\-]+)", text)), [], None
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[1]
-        op = re.search(r"= (.*?) (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", line)
-        if op:
-            shapes = sorted(re.findall(r"\w+\[[\d,]*\]", op[1]))
-            found.append((op[2], tuple(shapes), name in loops))
-    return sorted(found)
 
 
 def arrays(rng):
@@ -112,10 +87,10 @@ def rows_of(a, axis_name):
     }
 
 
-def head_of(a, axis_name):
+def head_of(a, axis_name, chunk_size=None):
     """The fused head with labels of three kinds, and with both schedules."""
     call = functools.partial(
-        linear_softmax_cross_entropy, a["h"], a["w"], chunk_size=(3, 5), axis_name=axis_name
+        linear_softmax_cross_entropy, a["h"], a["w"], chunk_size=chunk_size, axis_name=axis_name
     )
     integer = functools.partial(
         call, a["labels"], a["bias"], (a["bias"] > -1.0), ignore_index=-100, return_aux=True
@@ -140,11 +115,10 @@ def differentiable(a):
     return {k: z for k, z in a.items() if jnp.issubdtype(jax.tree.leaves(z)[0].dtype, jnp.floating)}
 
 
-def on_mesh(function, mesh, out_specs, axis_name="model"):
+def on_mesh(function, mesh, out_specs):
     def call(a):
-        whole = lambda spec: P(*(axis_name if axis == "model" else axis for axis in spec))
-        specs = {k: whole(SPECS[k]) for k in a}
-        body = functools.partial(function, axis_name=axis_name)
+        body = functools.partial(function, axis_name="model")
+        specs = {k: SPECS[k] for k in a}
         return jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=out_specs)(a)
 
     return call
@@ -154,124 +128,212 @@ def hessian_vector(f, a):
     return jax.jvp(jax.grad(f), (a,), (jax.tree.map(lambda z: jnp.sin(finite(z)), a),))[1]
 
 
+def compiled(function, a):
+    """``function`` for ``a``, which waits for no shard in a branch that another may not take."""
+    traced = jax.jit(function).trace(a)
+    assert not sends_in_branches(traced)
+    return traced.lower().compile()
+
+
+def gradient_of_gradient(f, a):
+    """Whose second pass runs backward through what is in the first."""
+    g = lambda a: sum(jnp.sin(finite(z)).sum() for z in jax.tree.leaves(jax.grad(f)(a)))
+    return jax.grad(g)(a)
+
+
 def test_row_kernels(x64, unoptimised, rng):
     a = arrays(rng)
+    wrt = differentiable(a)
 
     def measured(rows):
         def some(names, part):
             found = rows(a | part)
             return scalar({k: found[k] for k in names or found})
 
-        wrt = differentiable(a)
-        of_log_softmax = functools.partial(some, ("log_softmax",))
-        return jax.jit(
-            lambda part: (
-                rows(a | part),
-                jax.grad(functools.partial(some, None))(part),
-                hessian_vector(of_log_softmax, {"finite": part["finite"]}),
-            )
-        )(wrt)
+        all_rows, of_log_softmax = (functools.partial(some, z) for z in (None, ["log_softmax"]))
+        return lambda part: (
+            rows(a | part),
+            jax.grad(all_rows)(part),
+            hessian_vector(of_log_softmax, {"finite": part["finite"]}),
+        ), functools.partial(gradient_of_gradient, all_rows)
 
-    expected = measured(functools.partial(rows_of, axis_name=None))
-    mesh = mesh_of(data=2, model=4)
-    close(measured(on_mesh(rows_of, mesh, P("data"))), expected)
+    expected = jax.jit(measured(functools.partial(rows_of, axis_name=None))[0])(wrt)
+    found, second_order = measured(on_mesh(rows_of, mesh_of(data=2, model=4), P("data")))
+    close(compiled(found, wrt)(wrt), expected)
+    assert not sends_in_branches(jax.jit(second_order).trace(wrt))
 
 
-@pytest.mark.parametrize("axis_name", ["model", None], ids=["classes and tokens", "tokens alone"])
-def test_fused_head(x64, unoptimised, rng, axis_name):
+def test_fused_head(x64, unoptimised, rng):
     a = arrays(rng)
+    wrt = differentiable(a)
 
     def measured(head):
         def f(part):
             rows, (total, best) = head(a | part)
             return scalar(rows) + jnp.sum(total), (rows, best)
 
-        return jax.jit(jax.value_and_grad(f, has_aux=True))(differentiable(a))
+        return jax.value_and_grad(f, has_aux=True)
 
     def on_shards(a, axis_name):
-        rows, (total, best) = head_of(a, axis_name)
+        rows, (total, best) = head_of(a, axis_name, chunk_size=(3, 3))
         return rows, (lax.psum(total, "data"), best)
 
-    mesh = mesh_of(data=2, model=4 if axis_name else 1)
     out_specs = (P("data"), (P(), P("data")))
-    found = measured(on_mesh(on_shards, mesh, out_specs, axis_name))
-    close(found, measured(functools.partial(head_of, axis_name=None)))
+    on_mesh_ = measured(on_mesh(on_shards, mesh_of(data=2, model=4), out_specs))
+    expected = jax.jit(measured(functools.partial(head_of, axis_name=None)))(wrt)
+    close(compiled(on_mesh_, wrt)(wrt), expected)
 
 
-EVERY_AXIS = {
-    "batch_axes": "data",
-    "sequence_axes": "sequence",
-    "vocab_axis_name": "model",
-    "fsdp_axis": "data",
-}
+def problem():
+    """Tokens, weights, logits, and queries of eight heads; labels, and a cotangent each loss."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = ((64, 8), (8, V), (64, V), (8, 4, 8, 2))
+    h, w, x, q = (jax.random.normal(*z, jnp.float64) for z in zip(keys, shapes, strict=True))
+    return (h, 2 * w, 3 * x, q), jnp.arange(64) * 7 % V, jnp.cos(jnp.arange(64.0))
 
 
-def test_sharded(x64, unoptimised, rng):
-    """Means over all tokens, w put together over one axis and its classes cut over others."""
-    a = arrays(rng)
-    h, labels, weights = a["h"].reshape(4, 2, D), a["labels"].reshape(4, 2), a["weights"]
+def losses(head, labels, c):
+    """Of (tokens, weights): Σ c l, the same by a scan that keeps nothing, and the mean of l."""
 
-    def measured(head):
-        def f(h, w, bias, weights, temperature):
-            mean = functools.partial(head, reduction="mean", ignore_index=-100, chunk_size=(2, 3))
-            weights = weights.reshape(4, 2)
-            return mean(h, w, labels, bias, weights=weights, temperature=temperature)
+    def total(h, w):
+        return (head(h, w, labels) * c).sum()
 
-        args = (h, a["w"], a["bias"], weights, jnp.float64(0.7))
-        return jax.jit(jax.value_and_grad(f, range(5)))(*args)
+    def scanned(h, w):
+        @jax.checkpoint
+        def step(total, some):
+            h, labels, c = some
+            return total + (head(h, w, labels) * c).sum(), None
 
-    expected = measured(linear_softmax_cross_entropy)
-    mesh = mesh_of(AxisType.Explicit, data=2, sequence=2, model=2)
+        parts = jax.tree.map(lambda z: z.reshape(2, 32, *z.shape[1:]), (h, labels, c))
+        return lax.scan(step, 0.0, parts)[0]
+
+    def mean(h, w):
+        return head(h.reshape(8, 8, -1), w, labels.reshape(8, 8), reduction="mean")
+
+    return total, scanned, mean
+
+
+def with_gradients(f):
+    return jax.value_and_grad(f, (0, 1))
+
+
+def to_second_order(f):
+    """Value, gradients, and the product of the Hessian with a vector."""
+    return lambda h, w: jax.jvp(with_gradients(f), (h, w), (jnp.cos(h), jnp.sin(w)))
+
+
+@functools.cache
+def in_one_place():
+    """What :func:`in_every_position` finds, by JAX's own functions on one device."""
+    arrays, labels, c = problem()
+
+    def head(h, w, labels, reduction=None):
+        log_p = jax.nn.log_softmax(h @ w)
+        loss = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+        return loss if reduction is None else loss.mean()
+
+    def all_of_them(h, w, x, q):
+        total, _, mean = losses(head, labels, c)
+        by_c, by_mean = with_gradients(total)(h, w), with_gradients(mean)(h, w)
+        integer = lambda x: (head(x, jnp.eye(V), labels) * c).sum()
+        p = lambda q: jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, q) / np.sqrt(2))
+        attention = lambda q: jnp.sin(jnp.einsum("bnts,bsnh->btnh", p(q), q)).sum()
+        return {
+            "outside": to_second_order(total)(h, w),
+            "inside": by_c,
+            "classes over two axes": by_c,
+            "sequence and features": by_mean,
+            "partly manual": by_c,
+            "cut logits": jax.value_and_grad(integer)(x),
+            "cut heads": jax.value_and_grad(attention)(q),
+        }
+
+    return jax.tree.map(np.asarray, jax.jit(all_of_them)(*arrays))
+
+
+def in_every_position(mesh, labels, c):
+    """The same on a mesh of the axes data and model."""
+    head, explicit = linear_softmax_cross_entropy, mesh.axis_types[0] == AxisType.Explicit
+    of = functools.partial(sharded, head, None if explicit else mesh)
+
+    def inside(axis_names):
+        tokens = P("data") if "data" in axis_names else P()
+
+        def on_device(h, w, labels, c):
+            with_axis = functools.partial(head, axis_name="model")
+            value, bars = with_gradients(losses(with_axis, labels, c)[0])(h, w)
+            return lax.psum(value, "data") if "data" in axis_names else value, bars
+
+        specs = (tokens, P(None, "model"), tokens, tokens)
+        out_specs = (P(), (tokens, P(None, "model")))
+        mapped = jax.shard_map(
+            on_device, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names=axis_names
+        )
+        return lambda h, w: mapped(cut(h, P("data")), w, labels, c)
+
+    def cut(z, spec):
+        placed = NamedSharding(mesh, spec)
+        return (
+            jax.sharding.reshard(z, placed) if explicit else lax.with_sharding_constraint(z, placed)
+        )
+
+    def integer(x):
+        loss = jaxgrad.softmax_cross_entropy_with_integer_labels
+        return (loss(cut(x, P("data", "model")), cut(labels, P("data"))) * c).sum()
+
+    def attention(q):
+        q = cut(q, P("data", None, "model"))
+        return jnp.sin(jaxgrad.dot_product_attention(q, q, q)).sum()
+
+    def all_of_them(h, w, x, q):
+        both = {"batch_axes": "data", "vocab_axis_name": "model"}
+        rows = {"batch_axes": "data", "sequence_axes": "model", "fsdp_axis": "data"}
+        _, scanned, _ = losses(of(**both), labels, c)
+        found = {
+            "outside": (with_gradients if explicit else to_second_order)(scanned),
+            "classes over two axes": with_gradients(
+                losses(of(vocab_axis_name=("data", "model")), labels, c)[0]
+            ),
+            "sequence and features": with_gradients(losses(of(**rows), labels, c)[2]),
+        }
+        if not explicit:  # inside of shard_map an axis is manual, of whichever kind it was
+            found["inside"] = inside({"data", "model"})
+            found["partly manual"] = inside({"model"})
+        return {name: f(h, w) for name, f in found.items()} | {
+            "cut logits": jax.value_and_grad(integer)(x),
+            "cut heads": jax.value_and_grad(attention)(q),
+        }
+
+    return all_of_them
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1), (4, 2), (2, 4), (1, 8)], ids=str)
+def test_every_position(x64, unoptimised, sizes, kind):
+    mesh = mesh_of(kind, data=sizes[0], model=sizes[1])
+    arrays, labels, c = problem()
     with jax.set_mesh(mesh):
-        close(measured(sharded(linear_softmax_cross_entropy, **EVERY_AXIS)), expected)
-    mesh = mesh_of(data=4, model=1, expert=2)
-    axes = {"batch_axes": "data", "vocab_axis_name": ("model", "expert")}
-    close(measured(sharded(linear_softmax_cross_entropy, mesh, **axes)), expected)
+        found = jax.jit(in_every_position(mesh, labels, c))(*arrays)
+    expected = in_one_place()
+    if kind == AxisType.Explicit:
+        expected = expected | {"outside": expected["outside"][0]}
+    close(found, {name: expected[name] for name in found})
 
 
-def abstract(mesh, shape, spec, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-
-def test_what_the_fused_head_sends_and_holds():
-    """Of each tile of tokens a maximum and three sums; x̄ once. Nothing of tokens × classes."""
-    t, d, v = 4096, 256, 32768
-    mesh = mesh_of(model=8)
-    head = sharded(linear_softmax_cross_entropy, mesh, vocab_axis_name="model")
-    args = (
-        abstract(mesh, (t, d), P()),
-        abstract(mesh, (d, v), P(None, "model")),
-        abstract(mesh, (t,), P(), jnp.int32),
+def test_eager(x64, unoptimised, rng):
+    x = 3 * jax.random.normal(rng, (T, V), jnp.float64)
+    spec = P("data", "model")
+    on_mesh = jax.shard_map(
+        functools.partial(jaxgrad.softmax, axis_name="model"),
+        mesh=mesh_of(data=2, model=4),
+        in_specs=spec,
+        out_specs=spec,
     )
-    step = jax.value_and_grad(lambda x, w, labels: head(x, w, labels).mean(), (0, 1))
-    compiled = jax.jit(step).lower(*args).compile()
-    row = "f32[1024,1]"
-    assert collectives(compiled) == [
-        ("all-reduce", (row,), True),
-        ("all-reduce", (row, row, row), True),
-        ("all-reduce", (f"f32[{t},{d}]",), False),
-    ]
-    assert compiled.memory_analysis().temp_size_in_bytes <= 16 * 2**20
-
-
-def test_what_a_training_step_sends():
-    """bfloat16 parameters: w is collected once, and gradients are summed in float32."""
-    t, d, v = 4096, 32, 128
-    mesh = mesh_of(data=2, model=4)
-    axes = {"batch_axes": "data", "vocab_axis_name": "model"}
-    head = sharded(linear_softmax_cross_entropy, mesh, **axes)
-    args = (
-        abstract(mesh, (t, d), P("data"), jnp.bfloat16),
-        abstract(mesh, (d, v), P(None, "model"), jnp.bfloat16),
-        abstract(mesh, (t,), P("data"), jnp.int32),
+    f = lambda softmax, x: jnp.sin(3 * softmax(x)).sum()
+    close(
+        jax.grad(functools.partial(f, on_mesh))(x),
+        jax.grad(functools.partial(f, jax.nn.softmax))(x),
     )
-    step = jax.value_and_grad(lambda *args: head(*args, reduction="mean"), (0, 1))
-    found = collectives(jax.jit(step).lower(*args).compile())
-    gradients = [op for op in found if not op[2]]
-    sizes = [shape for _, shapes, _ in gradients for shape in shapes if shape != "f32[]"]
-    assert {op[0] for op in found} == {"all-reduce"}
-    assert sorted(sizes) == sorted([f"f32[{t // 2},{d}]", f"f32[{d},{v // 4}]"])
-    assert len(found) - len(gradients) == 2
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -315,6 +377,20 @@ def test_sixteen_bits(module):
         assert x_bar.dtype == x.dtype
 
 
+def test_attention_inside_shard_map_sums_outside_of_its_branches():
+    """Keys and bias are the same on all shards, whose tiles past the diagonal are branches."""
+
+    def f(q, k, bias):
+        o = jaxgrad.dot_product_attention(q, k, k, bias, is_causal=True)
+        return lax.psum((o * o).sum(), "data")
+
+    f = jax.shard_map(f, mesh=mesh_of(data=8), in_specs=(P("data"), P(), P()), out_specs=P())
+    shapes = ((8, 1024, 1, 4), (1, 1024, 1, 4), (1, 1, 1024, 1024))
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    second_order = jax.jit(lambda *a: gradient_of_gradient(lambda a: f(*a), a)).trace(*args)
+    assert {in_branch for _, _, in_branch in sent(second_order)} == {False}
+
+
 def test_gradient_inside_vmap(x64, unoptimised, rng):
     a = arrays(rng)
     f = lambda x, axis_name: jaxgrad.softmax_cross_entropy_with_integer_labels(
@@ -326,29 +402,8 @@ def test_gradient_inside_vmap(x64, unoptimised, rng):
     close(found.reshape(T, V), jax.grad(f)(a["finite"], None))
 
 
-def test_scan_remat_second_order_and_export(x64, unoptimised, rng):
-    a = arrays(rng)
-
-    def measured(head):
-        def loss(w):
-            @jax.checkpoint
-            def step(total, h):
-                return total + head(h, w, a["labels"][:4], ignore_index=-100).sum(), None
-
-            return lax.scan(step, 0.0, a["h"].reshape(2, 4, D))[0]
-
-        return jax.jit(functools.partial(hessian_vector, loss))
-
-    mesh = mesh_of(data=2, model=4)
-    axes = {"batch_axes": "data", "vocab_axis_name": "model"}
-    found = measured(sharded(linear_softmax_cross_entropy, mesh, **axes))
-    close(found(a["w"]), measured(linear_softmax_cross_entropy)(a["w"]))
-    w = abstract(mesh, a["w"].shape, P(None, "model"), jnp.float64)
-    assert jax.export.export(found)(w).nr_devices == 8
-
-
-def head_with(mesh, axis_name="model", w=(None, "model"), labels=(), **options):
-    call = functools.partial(linear_softmax_cross_entropy, axis_name=axis_name)
+def head_with(mesh, axis_name="model", w=(None, "model"), labels=(), fsdp_axis=None, **options):
+    call = functools.partial(linear_softmax_cross_entropy, axis_name=axis_name, fsdp_axis=fsdp_axis)
     in_specs = (P(), P(*w), P(*labels))
     mapped = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=P(), **options)
     return lambda: jax.eval_shape(
@@ -360,76 +415,23 @@ def head_with(mesh, axis_name="model", w=(None, "model"), labels=(), **options):
     ("options", "message"),
     [
         ({"axis_name": "nowhere"}, "axis_name must name an axis of the shard_map or vmap"),
-        ({"check_vma": False}, r"needs shard_map\(..., check_vma=True\)"),
+        ({"check_vma": False}, r"axis_name='model' needs shard_map\(..., check_vma=True\)"),
         ({"w": ()}, "w must be cut over axis_name='model'"),
         ({"labels": ("model",)}, "labels must be the same on every shard of axis_name='model'"),
+        ({"fsdp_axis": "nowhere"}, "fsdp_axis must name an axis of the shard_map or vmap"),
+        ({"fsdp_axis": "data"}, "w must be cut over fsdp_axis='data'"),
+        ({"fsdp_axis": "data", "w": ("data", "model")}, "x must be cut over fsdp_axis='data'"),
     ],
-    ids=["no such axis", "check_vma", "w whole", "labels cut"],
+    ids=[
+        "no such axis",
+        "check_vma",
+        "w whole",
+        "labels cut",
+        "no such features",
+        "features whole",
+        "tokens whole",
+    ],
 )
 def test_wrong_uses_inside_shard_map(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"linear_softmax_cross_entropy: {message}"):
         head_with(mesh_of(data=2, model=4), **options)()
-
-
-def test_wrong_uses_of_sharded():
-    x, w, labels = jnp.zeros((4, D)), jnp.zeros((D, V + 2)), jnp.zeros(4, jnp.int32)
-    mesh = mesh_of(data=2, model=4)
-    of = functools.partial(sharded, linear_softmax_cross_entropy)
-    with pytest.raises(ValueError, match="mesh must have the axes"):
-        of(batch_axes="data")(x, w, labels)
-    with pytest.raises(ValueError, match=r"mesh must have the axes .*'rows'"):
-        of(mesh, batch_axes="rows")(x, w, labels)
-    with pytest.raises(ValueError, match="fsdp_axis must be among the axes that cut the tokens"):
-        of(mesh, batch_axes="data", fsdp_axis="model")
-    with pytest.raises(ValueError, match="axis 1 of w must be a multiple of the 4 shards"):
-        of(mesh, vocab_axis_name="model")(x, w, labels)
-    with pytest.raises(ValueError, match=r"x must be .* for sequence_axes"):
-        of(mesh, sequence_axes="data")(x, w, labels)
-
-
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "segments"])
-def test_ring_attention(x64, unoptimised, rng, is_causal):
-    keys = jax.random.split(rng, 5)
-    shapes = ((2, 16, 4, 3), (2, 16, 2, 3), (2, 16, 2, 5))
-    q, k, v = (
-        jax.random.normal(s, shape, jnp.float64) for s, shape in zip(keys[:3], shapes, strict=True)
-    )
-    o_bar = jax.random.normal(keys[3], (2, 16, 4, 5), jnp.float64)
-    ids = jnp.tile(jnp.arange(16) // 6, (2, 1))
-    options = {"is_causal": is_causal, "return_residual": True}
-
-    def measured(attention):
-        def f(q, k, v, cap, scale):
-            o, lse = attention(q, k, v, cap, scale, None if is_causal else ids)
-            return (o * o_bar).sum() + jnp.sin(lse).sum(), (o, lse)
-
-        args = (q, k, v, jnp.float64(2.0), jnp.float64(0.4))
-        return jax.jit(jax.value_and_grad(f, range(5), has_aux=True))(*args)
-
-    def whole(q, k, v, cap, scale, ids):
-        call = functools.partial(jaxgrad.dot_product_attention, **options)
-        return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
-
-    def part(q, k, v, cap, scale, ids):
-        call = functools.partial(ring_attention, axis_name="sequence", **options)
-        return call(q, k, v, logits_soft_cap=cap, scale=scale, segment_ids=ids)
-
-    mesh, tokens = mesh_of(data=2, sequence=4), P("data", "sequence")
-    in_specs = (tokens, tokens, tokens, P(), P(), tokens)
-    ring = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=(tokens, tokens))
-    close(measured(ring), measured(whole))
-
-
-def test_what_a_ring_sends():
-    """Keys and values, from one shard to the next: never the whole sequence."""
-    mesh, tokens = mesh_of(sequence=8), P(None, "sequence")
-    ring = functools.partial(ring_attention, axis_name="sequence", is_causal=True)
-    ring = jax.shard_map(ring, mesh=mesh, in_specs=tokens, out_specs=tokens)
-    q = abstract(mesh, (1, 64, 2, 4), tokens)
-    found = collectives(jax.jit(ring).lower(q, q, q).compile())
-    assert {(op, in_loop) for op, _, in_loop in found} == {
-        ("collective-permute", False),
-        ("collective-permute", True),
-    }
-    assert {shape for _, shapes, _ in found for shape in shapes} == {"f32[1,2,1,8,4]"}
-    assert len(found) == 4

@@ -25,7 +25,6 @@ and these two numbers.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,10 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
-from jaxgrad import backends, modes, numerics, sharding
+from jaxgrad import modes, numerics, sharding
+from jaxgrad.backends import Choice, Implementation
 from jaxgrad.kernels import attention_arguments as arguments
-from jaxgrad.kernels import attention_tangents
+from jaxgrad.kernels import attention_pallas, attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
 from jaxgrad.kernels.attention_products import dot, dot_heads, dot_rows, logits
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
@@ -57,7 +57,7 @@ def dot_product_attention(
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["xla"] | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
     logits_soft_cap: ArrayLike | None = None,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -87,7 +87,13 @@ def dot_product_attention(
       key_value_seq_lengths: ``int[B]``; keys from there on are hidden.
       local_window_size: (left, right), or one number for both: query t sees the keys from t - left
         to t + right alone.
-      implementation: None or "xla", which are the same: this function, on any device.
+      implementation: None to choose: "pallas_gpu" on an H100, where it was measured to be faster,
+        with "xla" for what that has not; else "xla". By name: "xla", any device and everything that
+        is described here; "pallas_gpu", kernels for GPU by way of Triton (a part of JAX that is
+        deprecated since 0.11, where it works), for heads of at most 256, without derivatives to
+        bias, scale and soft-cap, and without second ones; "pallas_gpu_interpret", the same on any
+        device, slowly. What is named runs, or an error tells why not. :func:`jax.export` does not
+        serialize kernels: name "xla" there.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
@@ -101,7 +107,8 @@ def dot_product_attention(
     Raises:
       TypeError: An argument is complex, or not of the kind or dtype above.
       ValueError: An argument does not have the shape above, ``logits_soft_cap`` is not above 0, or
-        ``implementation`` is another: it is never replaced by what there is.
+        there is no such ``implementation``.
+      NotImplementedError: ``implementation`` cannot run this call, or be differentiated so.
 
     Example:
       >>> q, k, v = jnp.zeros((3, 1, 2)), jnp.zeros((3, 1, 2)), jnp.arange(6.0).reshape(3, 1, 2)
@@ -120,11 +127,11 @@ def dot_product_attention(
     See also:
       :func:`softmax_vjp`, the backward rule of one row.
     """
-    backends.choose(arguments.OF, implementation)
     numerics.check_positive(logits_soft_cap, arguments.OF, "logits_soft_cap")
     band = arguments.band(local_window_size, is_causal)
     return _jit(
         mode,
+        implementation,
         band,
         return_residual,
         query,
@@ -140,9 +147,10 @@ def dot_product_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _jit(
     mode,
+    implementation,
     band,
     return_residual,
     query,
@@ -161,17 +169,17 @@ def _jit(
     terms = arguments.terms(sizes, q, bias, scale, cap)
     masks = arguments.masks(sizes, mask, query_seq_lengths, key_value_seq_lengths, segment_ids)
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
+    runs, given = attention_pallas.implemented(mode, implementation, *given)
     attention = modes.of(mode, _attention, _attention_twin)
-    o, lse = attention(band, *sharding.lift(given))
+    o, lse = attention(runs, band, *sharding.lift(given))
     return arguments.results(query, o, lse, return_residual)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
+    runs: Choice, band: Band, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
-    o, m, excess = _forward(band, q, k, v, terms, masks)
-    return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
+    return _fwd(runs, band, q, k, v, terms, masks)[0]
 
 
 def _forward(band, q, k, v, terms, masks):
@@ -200,17 +208,19 @@ def _forward(band, q, k, v, terms, masks):
     return plan.over_heads(heads, None, q, k, v)[1]
 
 
-def _fwd(band, q, k, v, terms, masks):
-    o, m, excess = _forward(band, q, k, v, terms, masks)
-    o, m, excess = checkpoint_name((numerics.narrow(o, like=q), m, excess), arguments.OF)
-    return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
+def _fwd(runs, band, *given):
+    forward = attention_pallas.forward(runs, band, functools.partial(_forward, band))
+    o, m, excess = forward(*given)
+    o, m, excess = checkpoint_name((numerics.narrow(o, like=given[0]), m, excess), arguments.OF)
+    return (o, numerics.log_sum_exp(m, excess)), (*given, o, m, excess)
 
 
-def _bwd(band, residuals, bars):
+def _bwd(runs, band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
-    out = _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess)
+    backward = attention_pallas.backward(runs, band, functools.partial(_backward, band))
+    out = backward(q, k, v, terms, masks, o_bar, mean, m, excess)
     return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
 
 
@@ -254,7 +264,7 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
 
 
 _attention.defvjp(_fwd, _bwd)
-_attention_twin = modes.custom_jvp(_fwd, attention_tangents.push, static=1)
+_attention_twin = modes.custom_jvp(_fwd, attention_tangents.push, static=2)
 
 
 def _with_tile(bars, z_bar, u, tile):

@@ -15,6 +15,12 @@ def logits(
     """z of (1) in ``attention.py``, -inf where hidden, and u of (4)."""
     # A 16-bit q is scaled afterwards: the product would be rounded.
     z = dot_heads(q * terms.scale, k) if numerics.is_wide(q) else dot_heads(q, k) * terms.scale
+    bias = None if terms.bias is None else tile.cut(terms.bias)
+    return of_scaled(z, terms._replace(bias=bias), tile.visible(band, masks))
+
+
+def of_scaled(z: Array, terms: Any, where: Array | None) -> tuple[Array, Array | None]:
+    """The same from scale ⟨q, k⟩, the bias of the tile and which of its entries are visible."""
     # With nothing in between, product and z - m may be contracted into a multiply-add, whose z is
     # not the one that m was taken from.
     z = jnp.maximum(z, jnp.finfo(z.dtype).min)
@@ -23,8 +29,8 @@ def logits(
         u = z / terms.cap
         z = terms.cap * jnp.tanh(u)
     if terms.bias is not None:
-        z += tile.cut(terms.bias).astype(z.dtype)
-    return numerics.masked(z, tile.visible(band, masks)), u
+        z += terms.bias.astype(z.dtype)
+    return numerics.masked(z, where), u
 
 
 def dot_heads(a: Array, b: Array) -> Array:

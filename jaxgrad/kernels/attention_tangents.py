@@ -21,7 +21,7 @@ from jaxgrad.kernels.attention_tiles import Plan
 from jaxgrad.kernels.tanh import cap_slope, sech2
 
 
-def push(band, residuals, q_dot, k_dot, v_dot, terms_dot, _):
+def push(_, band, residuals, q_dot, k_dot, v_dot, terms_dot, masks_dot):
     """Tangents of output and log-sum-exp."""
     q, k, v, terms, masks, o, m, excess = residuals
     plan = Plan(q, k, band)

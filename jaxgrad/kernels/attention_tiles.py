@@ -97,21 +97,30 @@ class Tile(NamedTuple):
         """Which entries of the tile take part; None: all."""
         t = self.starts[3] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, self.sizes[3], 1), 3)
         s = self.starts[4] + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, self.sizes[4]), 4)
-        masks = Masks(*(None if x is None else self.cut(x) for x in masks))
-        seen = masks.mask
+        seen = visible(band, Masks(*(None if x is None else self.cut(x) for x in masks)), t, s)
         for part in (
             None if self.new_queries is None else self.new_queries[:, None],
             None if self.new_keys is None else self.new_keys[None, :],
-            None if band.left is None else t - band.left <= s,
-            None if band.right is None else s <= t + band.right,
-            None if masks.query_length is None else t < masks.query_length,
-            None if masks.key_length is None else s < masks.key_length,
-            None if masks.query_segment is None else masks.query_segment == masks.key_segment,
         ):
             if part is not None:
-                part = part.reshape((1,) * (5 - part.ndim) + part.shape)
+                part = part.reshape((1,) * 3 + part.shape)
                 seen = part if seen is None else seen & part
         return seen
+
+
+def visible(band: Band, masks: Masks, t: Array, s: Array) -> Array | None:
+    """Which entries of a tile take part, of queries t and keys s, by its masks; None: all."""
+    seen = masks.mask
+    for part in (
+        None if band.left is None else t - band.left <= s,
+        None if band.right is None else s <= t + band.right,
+        None if masks.query_length is None else t < masks.query_length,
+        None if masks.key_length is None else s < masks.key_length,
+        None if masks.query_segment is None else masks.query_segment == masks.key_segment,
+    ):
+        if part is not None:
+            seen = part if seen is None else seen & part
+    return seen
 
 
 class Plan:

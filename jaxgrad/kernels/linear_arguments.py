@@ -27,6 +27,7 @@ def arguments(
     accumulate_dtype: Any,
     precision: Any,
     axis_name: sharding.AxisName,
+    fsdp_axis: sharding.AxisName,
 ) -> tuple[Plan, Head, Tokens, Rule, tuple[int, ...]]:
     """The arguments of a call, checked, leading dimensions flattened; and those dimensions."""
     x, w = numerics.as_float(x, of), numerics.as_float(w, of, "w")
@@ -36,7 +37,8 @@ def arguments(
             f"{numerics.describe(w)} with vocab_axis={vocab_axis}"
         )
     vocab_axis %= 2
-    d, v = w.shape[1 - vocab_axis], w.shape[vocab_axis]
+    sharding.check(of, fsdp_axis, cut={"w": w, "x": x}, argument="fsdp_axis")
+    d, v = sharding.extent(fsdp_axis, w.shape[1 - vocab_axis])[1], w.shape[vocab_axis]
     if x.ndim == 0 or x.shape[-1] != d:
         raise ValueError(
             f"{of}: x must be float[..., {d}] for w of {numerics.describe(w)} with "
@@ -68,7 +70,7 @@ def arguments(
     labels = _as_labels(of, labels, lead, v, classes, ignore_index)
     accumulate = wide if wide.itemsize > 4 else jnp.dtype(accumulate_dtype)
     t, room = math.prod(lead), tiling.room(backends.platform())
-    keeps_logits = reduces and room.kept_bytes > 0
+    keeps_logits = reduces and room.kept_bytes > 0 and fsdp_axis is None
     plan = Plan(
         v=v,
         vocab_axis=vocab_axis,
@@ -78,6 +80,7 @@ def arguments(
         accumulate=accumulate,
         precision=precision,
         axis_name=axis_name,
+        fsdp_axis=fsdp_axis,
         keeps_logits=keeps_logits,
     )
     first = None if axis_name is None else jnp.full((1, 1), first, jnp.int32)

@@ -14,7 +14,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxgrad import backends, modes, numerics, sharding
-from jaxgrad.kernels import linear_arguments, linear_pallas, linear_schedules, linear_tangents
+from jaxgrad.kernels import (
+    linear_arguments,
+    linear_fsdp,
+    linear_pallas,
+    linear_schedules,
+    linear_tangents,
+)
 from jaxgrad.kernels.loss_options import make_rule
 from jaxgrad.modes import Mode
 
@@ -36,6 +42,7 @@ def linear_log_probs(
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
     axis_name: sharding.AxisName = None,
+    fsdp_axis: sharding.AxisName = None,
     implementation: backends.Implementation | None = None,
     return_entropy: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -59,8 +66,9 @@ def linear_log_probs(
       precision: Of the matrix products, as in ``jax.lax.dot_general``.
       axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over; see ``linear_softmax_cross_entropy``.
-      implementation: None, "xla", "pallas_tpu" or "pallas_interpret"; see
-        ``linear_softmax_cross_entropy``.
+      fsdp_axis: One that the features of ``w`` are cut over, as are tokens; see there.
+      implementation: None, "xla", "pallas_tpu", "pallas_gpu", "pallas_interpret" or
+        "pallas_gpu_interpret"; see ``linear_softmax_cross_entropy``.
       return_entropy: Whether to return the entropy of the distribution too, differentiable.
 
     Returns:
@@ -116,6 +124,7 @@ def linear_log_probs(
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
         axis_name=axis_name,
+        fsdp_axis=fsdp_axis,
         implementation=implementation,
         return_entropy=return_entropy,
     )
@@ -131,6 +140,7 @@ def linear_log_probs(
         "accumulate_dtype",
         "precision",
         "axis_name",
+        "fsdp_axis",
         "implementation",
         "return_entropy",
     ),
@@ -150,6 +160,7 @@ def _jit(
     accumulate_dtype,
     precision,
     axis_name,
+    fsdp_axis,
     implementation,
     return_entropy,
 ):
@@ -170,9 +181,12 @@ def _jit(
         accumulate_dtype,
         precision,
         axis_name,
+        fsdp_axis,
     )
     plan = plan._replace(entropy=return_entropy)
     plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
+    if mode == "forward":
+        plan, head = linear_fsdp.whole(plan, head)
     schedules = modes.of(mode, linear_schedules, linear_tangents)
     rows: Any = schedules.per_token(plan, head, tokens, rule)
     log_p = -rows.loss.reshape(lead)

@@ -28,9 +28,13 @@ def visit(
 ) -> tuple[Sums, Array]:
     """``so_far`` with the sums of one more tile, and its logits."""
     x = linear_tile.logits(plan, head, tokens.x, start, size)
-    part, best = linear_tile.measure(plan, tokens, rule, x, start)
-    best = jnp.where(part.top > so_far[0].top, best, so_far[1])
-    return (row_rule.merge(rule, so_far[0], part), best), x
+    return merge(rule, so_far, linear_tile.measure(plan, tokens, rule, x, start)), x
+
+
+def merge(rule: Rule, a: Sums, b: Sums) -> Sums:
+    """The sums over the classes of both, those of ``a`` the first."""
+    best = jnp.where(b[0].top > a[0].top, b[1], a[1])
+    return row_rule.merge(rule, a[0], b[0]), best
 
 
 def finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> tuple[Rows, Part]:

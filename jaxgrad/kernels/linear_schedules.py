@@ -14,6 +14,8 @@ gradients are made at once and kept; the backward multiplies them:
 
 with the logits of one tile of tokens × all classes held between the inner loops. Undifferentiated,
 either is the first loop alone. Every loop can be differentiated again, at the memory of its tiles.
+
+Where a device holds some features of w alone, the loops of ``per_token`` are in ``linear_fsdp.py``.
 """
 
 import functools
@@ -27,7 +29,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxgrad import modes, sharding, tiling
-from jaxgrad.kernels import linear_bars, linear_pallas, linear_rows, linear_tile, row_rule
+from jaxgrad.kernels import (
+    linear_bars,
+    linear_fsdp,
+    linear_pallas,
+    linear_rows,
+    linear_tile,
+    row_rule,
+)
 from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
 from jaxgrad.kernels.loss_options import add_rules
@@ -44,9 +53,15 @@ def _in_halves(schedule: Callable) -> Callable:
 
     @functools.partial(op.defjvp, symbolic_zeros=True)
     def _(plan, primals, tangents):
-        return modes.push(functools.partial(schedule, plan.halved()), primals, tangents)
+        return modes.push(functools.partial(schedule, halved(plan)), primals, tangents)
 
     return op
+
+
+def halved(plan: Plan) -> Plan:
+    """``plan`` with half the tokens a tile, where each tile comes with its tangents."""
+    tokens, classes = plan.tile
+    return plan._replace(tile=(max(tokens // 2, 1), classes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,8 +72,8 @@ def per_token(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Rows:
 
 def _forward(plan, head, tokens, rule):
     tokens = _without_ignored(plan, tokens)
-    if plan.implementation != "xla":
-        sums = linear_pallas.stream(plan, head, tokens, rule)
+    if (loops := _other_loops(plan)) is not None:
+        sums = loops.stream(plan, head, tokens, rule)
         return linear_rows.finish(plan, tokens, rule, *sums)
     return _rows(plan, head, tokens, rule)
 
@@ -66,7 +81,7 @@ def _forward(plan, head, tokens, rule):
 @_in_halves
 def _rows(plan, head, tokens, rule):
     def chunk(carry, row, size, _):
-        some = _some(tokens, row, size)
+        some = linear_tile.some(tokens, row, size)
         part, best, _ = _stream(plan, head, some, rule)
         return carry, linear_rows.finish(plan, some, rule, part, best)
 
@@ -85,8 +100,8 @@ def _per_token_bwd(plan, residuals, bar):
     row_bars = linear_rows.row_bars(plan, tokens.labels, bar.loss, bar.lse, bar.entropy)
     clean = _without_ignored(plan, tokens)
     of_rows = (rule, part, row_bars)
-    if plan.implementation != "xla":
-        bars = linear_pallas.pull_back(plan, wanted, head, clean, *of_rows)
+    if (loops := _other_loops(plan)) is not None:
+        bars = loops.pull_back(plan, wanted, head, clean, *of_rows)
     else:
         bars = _all_tiles(plan, wanted, head, clean, *sharding.lift(of_rows, plan.axis_name))
     bars = bars._replace(x=_marked(plan, bars.x, tokens.labels))
@@ -97,6 +112,13 @@ def _per_token_bwd(plan, residuals, bar):
 per_token.defvjp(_per_token_fwd, _per_token_bwd, symbolic_zeros=True)
 
 
+def _other_loops(plan: Plan) -> Any:
+    """What takes the place of the loops here, or None."""
+    if plan.implementation != "xla":
+        return linear_pallas
+    return None if plan.fsdp_axis is None else linear_fsdp
+
+
 @_in_halves
 def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
@@ -104,7 +126,7 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     def block(bars, first, size, _):
         def classes(bars, column, width, _):
             def chunk(bars, row, size, new):
-                some, part_, row_bars_ = _some((tokens, part, row_bars), row, size)
+                some, part_, row_bars_ = linear_tile.some((tokens, part, row_bars), row, size)
                 x = linear_tile.logits(plan, head, some.x, first + column, width)
                 return linear_tile.pull_back(
                     plan,
@@ -115,7 +137,7 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
                     x,
                     rule,
                     part_,
-                    _only(new, row_bars_),
+                    linear_tile.only(new, row_bars_),
                     start=(row, first + column),
                     x_at=row,
                     w_at=column,
@@ -164,10 +186,10 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 
     def chunk(bars, row, size, new):
-        some, scale_ = _some((clean, scale), row, size)
+        some, scale_ = linear_tile.some((clean, scale), row, size)
         part, best, kept = _stream(plan, head, some, rule, keep=True)
         rows, part = linear_rows.finish(plan, some, rule, part, best)
-        row_bars = linear_rows.row_bars(plan, some.labels, _only(new, scale_))
+        row_bars = linear_rows.row_bars(plan, some.labels, linear_tile.only(new, scale_))
         of_rows = (rule, part, row_bars)
         of_classes = sharding.lift(of_rows, plan.axis_name)
 
@@ -221,14 +243,6 @@ def _stream(
     nothing = linear_tile.nothing(plan, tokens, rule)
     (part, best), kept = tiling.fold(merge, nothing, plan.v, plan.tile[1])
     return part, best, kept
-
-
-def _only(new: Array | None, bars: Any) -> Any:
-    return bars if new is None else jax.tree.map(lambda z: jnp.where(new[:, None], z, 0), bars)
-
-
-def _some(tokens: Any, row: Any, size: int) -> Any:  # a single row stands for all
-    return jax.tree.map(lambda z: z if len(z) == 1 else tiling.take(z, row, size, 0), tokens)
 
 
 def _without_ignored(plan: Plan, tokens: Tokens) -> Tokens:

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxgrad import backends, modes, sharding
 from jaxgrad.kernels import (
     linear_arguments,
+    linear_fsdp,
     linear_pallas,
     linear_rows,
     linear_schedules,
@@ -64,6 +65,7 @@ def linear_softmax_cross_entropy(
     accumulate_dtype: Any = jnp.float32,
     precision: Any = None,
     axis_name: sharding.AxisName = None,
+    fsdp_axis: sharding.AxisName = None,
     implementation: backends.Implementation | None = None,
 ) -> Array | tuple[Array, Aux]:
     r"""Cross-entropy of ``softmax(x @ w + bias)``, without ever holding the logits.
@@ -116,11 +118,14 @@ def linear_softmax_cross_entropy(
       axis_name: A mesh axis of the ``shard_map`` around the call, or the axis of a ``vmap``,
         that classes are cut over: w, bias, where and dense labels hold this shard's classes, as
         many as any other's, and all else is the same on all shards, indices counting all classes.
-
-      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu",
-        a kernel for TPU; "pallas_interpret", the same on any device, slowly. The last two take
-        integer labels and no ``where``, and have no second derivative. What is named runs, or an
-        error tells why it cannot.
+      fsdp_axis: A mesh axis of the ``shard_map`` around the call that the features of w are cut
+        over, as are tokens: w holds this shard's features, ``[d / shards, v]``. They are collected
+        a tile of classes at a time, forward and backward, and w̄ is summed to the shard that holds
+        its part. With a reduction too the memory is that of None.
+      implementation: None to choose (today "xla" on every device), or by name: "xla"; "pallas_tpu"
+        or "pallas_gpu", kernels for these devices; "pallas_interpret" or "pallas_gpu_interpret",
+        the same on any device, slowly. The Pallas kernels take integer labels and no ``where``, and
+        have no second derivative. What is named runs, or an error tells why it cannot.
 
     Returns:
       The loss, float32 for 16-bit input; or ``(loss, aux)``.
@@ -167,6 +172,7 @@ def linear_softmax_cross_entropy(
         accumulate_dtype=jnp.dtype(accumulate_dtype),
         precision=precision,
         axis_name=axis_name,
+        fsdp_axis=fsdp_axis,
         implementation=implementation,
     )
 
@@ -184,6 +190,7 @@ def linear_softmax_cross_entropy(
         "accumulate_dtype",
         "precision",
         "axis_name",
+        "fsdp_axis",
         "implementation",
     ),
 )
@@ -206,6 +213,7 @@ def _jit(
     accumulate_dtype,
     precision,
     axis_name,
+    fsdp_axis,
     implementation,
 ):
     plan, head, tokens, rule, lead = linear_arguments.arguments(
@@ -223,9 +231,12 @@ def _jit(
         accumulate_dtype,
         precision,
         axis_name,
+        fsdp_axis,
     )
     plan = plan._replace(entropy=return_aux, argmax=return_aux, gauss_newton=mode == "gauss_newton")
     plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
+    if mode == "forward":
+        plan, head = linear_fsdp.whole(plan, head)
     schedules = modes.of(mode, linear_schedules, linear_tangents)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:

@@ -33,7 +33,7 @@ def _per_token_fwd(plan, head, tokens, rule):
 
 
 def _per_token_jvp(plan, residuals, head_dot, tokens_dot, rule_dot):
-    plan, (head, tokens, rule, part) = plan.halved(), residuals
+    plan, (head, tokens, rule, part) = linear_schedules.halved(plan), residuals
     clean = linear_schedules._without_ignored(plan, tokens)
     widened = functools.partial(jax.tree.map, lambda z: z.astype(plan.accumulate))
     tokens_dot = widened(tokens_dot)  # the transpose sums over tiles in this dtype
@@ -50,7 +50,7 @@ def _per_token_jvp(plan, residuals, head_dot, tokens_dot, rule_dot):
         columns_dot, column = _columns_dot(plan, block_dot, column, width), first + column
 
         def chunk(_, row, size, __):
-            some, some_dot, some_part, some_units = linear_schedules._some(
+            some, some_dot, some_part, some_units = linear_tile.some(
                 (clean, tokens_dot, part_, units_), row, size
             )
             x = linear_tile.logits(plan, head, some.x, column, width)

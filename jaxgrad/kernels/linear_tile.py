@@ -48,12 +48,9 @@ class Plan(NamedTuple):
     argmax: bool = False
     gauss_newton: bool = False  # whether (2) takes h and w for constants
     axis_name: sharding.AxisName = None  # that the classes are cut over
+    fsdp_axis: sharding.AxisName = None  # that the features of w are cut over
     keeps_logits: bool = False  # whether a loss that is reduced makes its gradients in the forward
     implementation: str = "xla"
-
-    def halved(self) -> "Plan":
-        """With half the tokens a tile, where each tile comes with its tangents."""
-        return self._replace(tile=(max(self.tile[0] // 2, 1), self.tile[1]))
 
 
 class Head(NamedTuple):
@@ -123,13 +120,27 @@ def is_integer(labels: Labels) -> bool:
     return not (isinstance(labels, SparseLabels) or is_dense(labels))
 
 
+def some(tokens: Any, row: Any, size: int) -> Any:
+    """``size`` tokens from ``row`` on; a single row stands for all."""
+    return jax.tree.map(lambda z: z if len(z) == 1 else tiling.take(z, row, size, 0), tokens)
+
+
+def only(new: Array | None, bars: Any) -> Any:
+    """Cotangents of rows, 0 but for the ``new`` ones."""
+    return bars if new is None else jax.tree.map(lambda z: jnp.where(new[:, None], z, 0), bars)
+
+
 def logits(plan: Plan, head: Head, x: Array, start: Any, size: int) -> Array:
     """(1)"""
-    x_ij = _dot(plan, x, 1, _classes(plan, head.w, start, size), 1 - plan.vocab_axis)
-    x_ij = x_ij.astype(plan.wide)
+    x_ij = product(plan, x, _classes(plan, head.w, start, size))
     if head.bias is None:
         return x_ij
     return x_ij + tiling.take(head.bias, start, size, 0).astype(plan.wide)[None]
+
+
+def product(plan: Plan, x: Array, w: Array) -> Array:
+    """⟨h_i, w_j⟩ of (1), for some of the features or for all."""
+    return _dot(plan, x, 1, w, 1 - plan.vocab_axis).astype(plan.wide)
 
 
 def targets(plan: Plan, labels: Labels, start: Any, size: int) -> Array:
@@ -166,7 +177,8 @@ def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tup
     labels = _own(tokens)
     t = targets(plan, labels, start, x.shape[1])
     if t.dtype == bool:
-        part = row_rule.measure(rule, x, None, where, (1,), plan.entropy)
+        in_kernel = plan.implementation != "xla"
+        part = row_rule.measure(rule, x, None, where, (1,), plan.entropy, in_kernel)
         gap = jnp.where(t, -row_rule.below(rule, x, part.top, where), 0)
         inside = (labels >= start) & (labels < start + x.shape[1])
         part = part._replace(gap=gap.sum(1, keepdims=True), mass=inside.astype(plan.wide))
@@ -174,8 +186,8 @@ def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tup
         part = row_rule.measure(rule, x, t, where, (1,), plan.entropy)
     if not plan.argmax:
         return part, jnp.zeros_like(part.top, jnp.int32)
-    best = jnp.argmax(numerics.masked(x, where), 1, keepdims=True)
-    return part, start + best.astype(jnp.int32)
+    best = lax.argmax(numerics.masked(x, where), 1, jnp.int32)
+    return part, start + best[:, None]
 
 
 def merge_shards(
@@ -240,18 +252,26 @@ def pull_back(
             bars = bars._replace(labels=tiling.add(bars.labels, t_bar, row, column))
     if wanted.bias is not None:
         bars = bars._replace(bias=tiling.add(bars.bias, x_bar.sum(0), w_at))
-    if jnp.finfo(tokens.x.dtype).nmant < 10:
-        x_bar = x_bar.astype(tokens.x.dtype)  # not to float16, too coarse below 6e-5
+    return add_products(plan, wanted, bars, head, tokens.x, x_bar, column, x_at, w_at)
+
+
+def add_products(plan, wanted, bars, head, x, x_bar, start, x_at, w_at) -> Bars:
+    """``bars`` with the products of (2) added, for the classes of ``x_bar`` from ``start`` on."""
+    x_bar = x_bar.astype(bar_dtype(plan, x))
     if wanted.x is not None:
-        w = _classes(plan, head.w, start[1], x.shape[1])
-        bars = bars._replace(
-            x=tiling.add(bars.x, _dot(plan, x_bar, 1, w, plan.vocab_axis), x_at, 0)
-        )
+        w = _classes(plan, head.w, start, x_bar.shape[1])
+        h_bar = _dot(plan, x_bar, 1, w, plan.vocab_axis)
+        bars = bars._replace(x=tiling.add(bars.x, h_bar, x_at, 0))
     if wanted.w is not None:
-        pair = (tokens.x, x_bar) if plan.vocab_axis == 1 else (x_bar, tokens.x)
+        pair = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
         w_bar = _dot(plan, pair[0], 0, pair[1], 0)
         bars = bars._replace(w=tiling.add(bars.w, w_bar, *along(plan, w_at)))
     return bars
+
+
+def bar_dtype(plan: Plan, x: Array) -> Any:
+    """What x̄ enters (2) in: bfloat16 if x is that; float16 is too coarse below 6e-5."""
+    return x.dtype if jnp.finfo(x.dtype).nmant < 10 else plan.wide
 
 
 def along(plan: Plan, start: Any) -> tuple[Any, Any]:
@@ -286,10 +306,5 @@ def _dot(plan, a, a_axis, b, b_axis):
     """A product of tiles, contracted over one axis of each."""
     if a.dtype != b.dtype:
         a, b = a.astype(plan.wide), b.astype(plan.wide)
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=plan.precision,
-        preferred_element_type=plan.wide,
-    )
+    axes = ((a_axis,), (b_axis,)), ((), ())
+    return lax.dot_general(a, b, axes, precision=plan.precision, preferred_element_type=plan.wide)

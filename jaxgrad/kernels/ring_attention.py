@@ -13,6 +13,10 @@ v̄ travel along with their keys until the n-th step takes them home:
     q̄_i += q̄(q_i, k_{i-j}, v_{i-j})           k̄_{i-j}, v̄_{i-j} += k̄, v̄ of the same       (2)
 
 What a shard sends in a step does not depend on what it computes in it, but for k̄ and v̄.
+
+A window that bounds what a query sees needs no ring: the keys of shard i - j come straight from
+there, for the few j that the window reaches, and k̄ and v̄ go straight back. ``ring_blocks.py`` has
+the window of each, and its part of bias and masks.
 """
 
 import functools
@@ -26,7 +30,8 @@ from jax.typing import ArrayLike
 from jaxgrad import numerics, sharding
 from jaxgrad.kernels import attention, attention_parts
 from jaxgrad.kernels import attention_arguments as arguments
-from jaxgrad.kernels.attention_tiles import Band, Masks, Terms
+from jaxgrad.kernels.attention_tiles import Masks, Terms
+from jaxgrad.kernels.ring_blocks import EVERY, Ring
 from jaxgrad.sharding import AxisName
 
 OF = "ring_attention"
@@ -36,10 +41,15 @@ def ring_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     *,
     axis_name: AxisName,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: ArrayLike | None = None,
     segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     return_residual: bool = False,
@@ -50,16 +60,23 @@ def ring_attention(
 
     What :func:`dot_product_attention` gives for the whole sequence. A shard holds the keys and
     values of two shards at a time, and sends them n times around the ring, k̄ and v̄ with them in
-    the backward. With ``is_causal`` the last shard computes n blocks and the first one.
+    the backward. With ``is_causal`` the last shard computes n blocks and the first one. With
+    ``local_window_size`` it gets those of the shards alone that its window reaches.
 
     Args:
       query: ``float[B, T, N, H]``, or ``float[T, N, H]``: this shard's part of the sequence, as
         long as any other's.
       key: ``float[B, S, K, H]``, likewise.
       value: ``float[B, S, K, D]``, likewise.
+      bias: ``float``, broadcastable to ``[B, N, T, n S]``: this shard's queries, and the keys of
+        all n shards; added to the logits after the soft-cap.
+      mask: ``bool``, likewise: the entries that take part.
       axis_name: The mesh axis of the ``shard_map`` around the call that the sequence is cut over.
       scale: Factor of the logits, ``float[]``; :math:`1/\sqrt H` by default.
       is_causal: A query sees the keys up to its own place in the sequence alone.
+      query_seq_lengths: ``int[B]``, of whole sequences; queries from there on give 0.
+      key_value_seq_lengths: ``int[B]``, likewise; keys from there on are hidden.
+      local_window_size: As of :func:`dot_product_attention`, in places of the sequence.
       logits_soft_cap: c above, ``float[]`` above 0.
       segment_ids: This shard's, as of :func:`dot_product_attention`.
       return_residual: Whether to return the log-sum-exp of the logits too.
@@ -90,112 +107,135 @@ def ring_attention(
     """
     numerics.check_positive(logits_soft_cap, OF, "logits_soft_cap")
     return _jit(
-        axis_name,
-        is_causal,
+        Ring(axis_name, arguments.band(local_window_size, is_causal, OF)),
         return_residual,
         query,
         key,
         value,
+        bias,
+        mask,
         scale,
+        query_seq_lengths,
+        key_value_seq_lengths,
         logits_soft_cap,
         segment_ids,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _jit(axis_name, is_causal, return_residual, query, key, value, scale, cap, segment_ids):
-    q, k, v = arguments.arrays(query, key, value)
-    sharding.check(
-        OF, axis_name, cut={"query": q, "key": k, "value": v, "segment_ids": segment_ids}
-    )
-    if is_causal and q.shape[1] != k.shape[1]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jit(
+    ring,
+    return_residual,
+    query,
+    key,
+    value,
+    bias,
+    mask,
+    scale,
+    query_seq_lengths,
+    key_value_seq_lengths,
+    cap,
+    segment_ids,
+):
+    q, k, v = arguments.arrays(query, key, value, OF)
+    lengths = {
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
+    cut = {"query": q, "key": k, "value": v, "segment_ids": segment_ids}
+    sharding.check(OF, ring.axis_name, cut, whole=lengths)
+    if ring.band != EVERY and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"{OF}: key must be as long as query with is_causal, got query of "
+            f"{OF}: key must be as long as query with is_causal or local_window_size, got query of "
             f"{numerics.describe(q)} and key of {numerics.describe(k)}"
         )
-    sizes = arguments.sizes(q, k)
-    terms = arguments.terms(sizes, q, None, scale, cap)
-    masks = arguments.masks(sizes, None, None, None, segment_ids)
+    sizes = arguments.sizes(q, k, OF)
+    of_all_keys = sizes._replace(keys=ring.shards * sizes.keys)
+    terms = arguments.terms(of_all_keys, q, bias, scale, cap)
+    masks = arguments.masks(sizes, None, *lengths.values(), segment_ids)
+    masks = masks._replace(mask=arguments.masks(of_all_keys, mask, None, None, None).mask)
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
-    out: Any = _ring(axis_name, is_causal, *sharding.lift(given, axis_name))
+    out: Any = _ring(ring, *sharding.lift(given, ring.axis_name))
     o, lse = out
     return arguments.results(query, o, lse, return_residual)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(
-    axis_name: AxisName, is_causal: bool, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
+    ring: Ring, q: Array, k: Array, v: Array, terms: Terms, masks: Masks
 ) -> tuple[Array, Array]:
-    o, m, excess = _forward(axis_name, is_causal, q, k, v, terms, masks)
+    o, m, excess = _forward(ring, q, k, v, terms, masks)
     return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
 
 
-def _forward(axis_name, is_causal, q, k, v, terms, masks):  # (1)
-    def see(keys, band=EVERY):
+def _forward(ring, q, k, v, terms, masks):  # (1)
+    def see(j, keys, band):
         k, v, ids = keys
-        return attention._forward(band, q, k, v, terms, masks._replace(key_segment=ids))
+        return attention._forward(band, q, k, v, *ring.block(j, q, k, terms, masks, ids))
+
+    def merged(part, j, keys, band):
+        more = lambda: attention_parts.merge(part, see(j, keys, band))
+        return ring.if_there(j, more, lambda: part)
 
     def step(carry, j):
         part, keys = carry
-        coming = _passed_on(keys, axis_name)
-        more = lambda: attention_parts.merge(part, see(keys))
-        return (_unless_after(is_causal, axis_name, j, more, lambda: part), coming), None
+        coming = ring.passed_on(keys)
+        return (merged(part, j, keys, EVERY), coming), None
 
     keys = (k, v, masks.key_segment)
-    carry = (see(keys, CAUSAL if is_causal else EVERY), _passed_on(keys, axis_name))
-    return lax.scan(step, carry, _steps(axis_name))[0][0]
+    part = see(0, keys, ring.band)
+    if (steps := ring.steps()) is not None:
+        return lax.scan(step, (part, ring.passed_on(keys)), steps)[0][0]
+    for j in ring.reached(q.shape[3]):
+        part = merged(part, j, ring.passed_on(keys, j), ring.moved(j, q.shape[3]))
+    return part
 
 
-def _fwd(axis_name, is_causal, q, k, v, terms, masks):
-    o, m, excess = _forward(axis_name, is_causal, q, k, v, terms, masks)
+def _fwd(ring, q, k, v, terms, masks):
+    o, m, excess = _forward(ring, q, k, v, terms, masks)
     o = numerics.narrow(o, like=q)
     return (o, numerics.log_sum_exp(m, excess)), (q, k, v, terms, masks, o, m, excess)
 
 
-def _bwd(axis_name, is_causal, residuals, bars):  # (2)
+def _bwd(ring, residuals, bars):  # (2)
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
     mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar
 
-    def pull(keys, band=EVERY):
-        k, v, ids = keys
-        masks_ = masks._replace(key_segment=ids)
-        q_bar, k_bar, v_bar, terms_bar = attention._backward(
-            band, q, k, v, terms, masks_, o_bar, mean, m, excess
-        )
-        return (q_bar, terms_bar), (k_bar, v_bar)
+    def added(before, j, keys, band):
+        def more():
+            (q_bar, terms_bar), travels = before
+            k, v, ids = keys
+            block = ring.block(j, q, k, terms, masks, ids)
+            q_bar_, k_bar, v_bar, block_bar = attention._backward(
+                band, q, k, v, *block, o_bar, mean, m, excess
+            )
+            stays = (q_bar + q_bar_, ring.with_block(j, k, terms_bar, block_bar))
+            return stays, jax.tree.map(jnp.add, travels, (k_bar, v_bar))
+
+        return ring.if_there(j, more, lambda: before)
 
     def step(carry, j):
         stays, keys, travels = carry
-        coming = _passed_on(keys, axis_name)
-        before = (stays, travels)
-        more = lambda: jax.tree.map(jnp.add, before, pull(keys))
-        stays, travels = _unless_after(is_causal, axis_name, j, more, lambda: before)
-        return (stays, coming, _passed_on(travels, axis_name)), None
+        coming = ring.passed_on(keys)
+        stays, travels = added((stays, travels), j, keys, EVERY)
+        return (stays, coming, ring.passed_on(travels)), None
+
+    def zeros(tree):
+        return sharding.lift((q, jax.tree.map(lambda x: jnp.zeros_like(x, m.dtype), tree)))[1]
 
     keys = (k, v, masks.key_segment)
-    stays, travels = pull(keys, CAUSAL if is_causal else EVERY)
-    carry = (stays, *_passed_on((keys, travels), axis_name))
-    ((q_bar, terms_bar), _, (k_bar, v_bar)), _ = lax.scan(step, carry, _steps(axis_name))
-    bars = (q_bar, k_bar, v_bar, terms_bar)
+    stays, travels = added(zeros(((q, terms), (k, v))), 0, keys, ring.band)
+    if (steps := ring.steps()) is not None:
+        carry = (stays, *ring.passed_on((keys, travels)))
+        (stays, _, travels), _ = lax.scan(step, carry, steps)
+    else:
+        for j in ring.reached(q.shape[3]):
+            there, nothing = ring.passed_on(keys, j), zeros((k, v))
+            stays, back = added((stays, nothing), j, there, ring.moved(j, q.shape[3]))
+            travels = jax.tree.map(jnp.add, travels, ring.passed_on(back, -j))
+    bars = (stays[0], *travels, stays[1])
     return *jax.tree.map(numerics.narrow, bars, (q, k, v, terms)), None
 
 
 _ring.defvjp(_fwd, _bwd)
-
-EVERY, CAUSAL = Band(None, None), Band(None, 0)
-
-
-def _steps(axis_name):
-    return jnp.arange(1, lax.axis_size(axis_name), dtype=jnp.int32)
-
-
-def _passed_on(tree, axis_name):
-    n = lax.axis_size(axis_name)
-    ring = [(i, (i + 1) % n) for i in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, ring), tree)
-
-
-def _unless_after(is_causal, axis_name, j, then, otherwise):
-    """``then()``, but not in step j of a causal ring if it has come to keys of a later shard."""
-    return lax.cond(lax.axis_index(axis_name) >= j, then, otherwise) if is_causal else then()

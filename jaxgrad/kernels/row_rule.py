@@ -84,16 +84,17 @@ def measure(
     where: Array | None,
     axis: tuple[int, ...],
     entropy: bool = False,
+    in_kernel: bool = False,
 ) -> Part:
     """The sums of (4) and (5) over the classes of ``x``; ``t``: their targets, or None."""
     top = numerics.row_max(numerics.masked(x, where), axis)
     x = numerics.masked(x, where, 0)
 
     def d() -> Array:
-        x_, top_ = numerics.apart(x, top, wide=True)
+        x_, top_ = (x, top) if in_kernel else numerics.apart(x, top, wide=True)
         return below(rule, x_, top_, where)
 
-    part = Part(top, numerics.row_excess(d, axis))
+    part = Part(top, numerics.row_excess(d, axis, branches=not in_kernel))
     if t is not None:
         t = numerics.masked(numerics.widen(t), where, 0)
 
@@ -102,12 +103,9 @@ def measure(
             return multiply(t_, -below(rule, x_, top_, where)).sum(axis, keepdims=True)
 
         plain = gap(operator.mul)
-        part = part._replace(
-            gap=numerics.if_any(
-                jnp.isnan(plain), lambda: gap(numerics.safe_multiply), lambda: plain
-            ),
-            mass=t.sum(axis, keepdims=True),
-        )
+        safe = lambda: gap(numerics.safe_multiply)
+        gaps = numerics.if_any(jnp.isnan(plain), safe, lambda: plain)
+        part = part._replace(gap=gaps, mass=t.sum(axis, keepdims=True))
     if rule.label_smoothing is not None:
         valid = jnp.broadcast_to(True if where is None else where, x.shape)
         part = part._replace(

@@ -3,8 +3,10 @@
 Tokens are cut over some mesh axes, classes over others, and each device runs the head on its tokens
 and its classes. Over the axes of the classes, each tile of tokens takes one maximum and one sum of
 a few numbers a token; x̄ is summed once a call. Over the axes of the tokens, w̄ is summed once a
-call; an axis that the features of w are cut over (FSDP) collects w instead, and w̄ is summed to the
-device that holds its part. Neither w nor anything of tokens × classes is ever sent besides.
+call; an axis that the features of w are cut over (FSDP) collects w instead, a tile of classes at a
+time or at once, and w̄ is summed to the device that holds its part. Neither w nor anything of
+tokens × classes is ever sent besides. All sums are of float32 or wider, as they are written here;
+XLA for TPU does an all-reduce in bfloat16 where its sum is rounded to that, a reduce-scatter not.
 """
 
 import functools
@@ -31,6 +33,7 @@ def sharded(
     sequence_axes: AxisName = None,
     vocab_axis_name: AxisName = None,
     fsdp_axis: AxisName = None,
+    gather_once: bool = False,
 ) -> Callable[..., Any]:
     """``linear_softmax_cross_entropy`` or ``linear_log_probs`` on the arrays of a mesh.
 
@@ -44,14 +47,17 @@ def sharded(
       sequence_axes: What the second axis of the tokens is cut over.
       vocab_axis_name: What the classes are cut over.
       fsdp_axis: What the features of w are cut over, among the axes that cut the tokens. A device
-        collects all features of its classes for the length of a call.
+        collects all features of its classes, a tile of them at a time, in the forward and again in
+        the backward.
+      gather_once: Whether to collect them all at once instead, for the length of a call: with a
+        reduction, one product less and half of what is collected, for the memory of w.
 
     Returns:
       A function of the arguments of ``fn``, but for ``axis_name``; call it under ``jax.jit``.
 
     Raises:
-      ValueError: ``fsdp_axis`` cuts no tokens. In a call: there is no mesh or it lacks an axis, or
-        the shards of an axis do not divide what it cuts.
+      ValueError: ``fsdp_axis`` cuts no tokens, or ``gather_once`` is set without it. In a call:
+        there is no mesh or it lacks an axis, or the shards of an axis do not divide what it cuts.
 
     Example:
       >>> from jaxgrad import linear_softmax_cross_entropy
@@ -69,13 +75,15 @@ def sharded(
     Source: Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053, section 3; Zhao et al., "PyTorch
     FSDP", 2023, arXiv:2304.11277.
     """
-    cuts = Cuts(batch_axes, sequence_axes, vocab_axis_name, fsdp_axis)
+    cuts = Cuts(batch_axes, sequence_axes, vocab_axis_name, fsdp_axis, gather_once)
     of = getattr(fn, "__name__", "sharded")
     if not set(sharding.names(fsdp_axis)) <= set(cuts.tokens):
         raise ValueError(
             f"sharded: fsdp_axis must be among the axes that cut the tokens, {cuts.tokens}, "
             f"got {fsdp_axis!r}"
         )
+    if gather_once and fsdp_axis is None:
+        raise ValueError("sharded: gather_once needs fsdp_axis, got None")
     order = tuple(inspect.signature(fn).parameters)
 
     @functools.wraps(fn)
@@ -112,6 +120,7 @@ class Cuts(NamedTuple):
     sequence: AxisName
     classes: AxisName
     features: AxisName
+    gather_once: bool
 
     @property
     def tokens(self) -> tuple[Any, ...]:
@@ -148,10 +157,11 @@ class Cuts(NamedTuple):
 def _on_device(fn, cuts, options, arrays):
     """What one device computes of a call."""
     reduction = options.get("reduction")
-    if cuts.features is not None:
+    if cuts.gather_once:
         features = 1 - options.get("vocab_axis", -1) % 2
-        w = lax.all_gather(arrays["w"], cuts.features, axis=features, tiled=True)
-        arrays = arrays | {"w": w}
+        arrays = arrays | {"w": sharding.collect(arrays["w"], cuts.features, features)}
+    elif cuts.features is not None:
+        options = options | {"fsdp_axis": cuts.features}
     if reduction is None:
         return fn(**arrays, **options, axis_name=cuts.classes)
     options = options | {"reduction": "sum" if reduction == "mean" else reduction}
@@ -196,7 +206,7 @@ def _check_sizes(of, arrays, specs, mesh):
                     raise ValueError(
                         f"{of}: axis {axis} of {name} must be a multiple of the {shards} shards of "
                         f"{cut!r}, got {numerics.describe(z)}; pad it: tokens with ignore_index, "
-                        "classes with where"
+                        "classes with where, features with 0 in x and w"
                     )
 
 

@@ -16,16 +16,22 @@ def test_plain_jax_runs_what_nobody_asked_for_otherwise():
     assert backends.choose(HEAD).reason == "no other runs on cpu"
 
 
-def test_on_a_tpu_it_says_what_to_try(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "implementation='pallas_tpu'" in backends.choose(HEAD).reason
-    assert backends.choose(HEAD, "pallas_tpu") == ("pallas_tpu", "asked for")
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_where_a_kernel_runs_it_says_what_to_try(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert f"implementation='pallas_{platform}'" in backends.choose(HEAD).reason
+    assert backends.choose(HEAD, f"pallas_{platform}") == (f"pallas_{platform}", "asked for")
 
 
 def test_what_is_asked_for_runs_or_tells_why_not():
     assert backends.choose(HEAD, "pallas_interpret").name == "pallas_interpret"
-    with pytest.raises(NotImplementedError, match="'pallas_tpu' needs a TPU, got cpu"):
-        backends.choose(HEAD, "pallas_tpu")
+    for name, device, interpreter in (
+        ("pallas_tpu", "TPU", "pallas_interpret"),
+        ("pallas_gpu", "GPU", "pallas_gpu_interpret"),
+    ):
+        why = f"{name!r} needs a {device}, got cpu; {interpreter!r} runs it anywhere"
+        with pytest.raises(NotImplementedError, match=why):
+            backends.choose(HEAD, name)
     with pytest.raises(NotImplementedError, match="'pallas_interpret' takes no x"):
         backends.choose(HEAD, "pallas_interpret", obstacle="takes no x")
     assert backends.choose(HEAD, "xla", obstacle="takes no x").name == "xla"

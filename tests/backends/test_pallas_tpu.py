@@ -2,10 +2,12 @@
 
 import functools
 
+import heads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heads import assert_near, truth, with_gradients
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxgrad import linear_log_probs, linear_softmax_cross_entropy
@@ -23,89 +25,20 @@ fused = functools.partial(
 
 
 def problem(rng, dtype=jnp.float32, t=T):
-    k = jax.random.split(rng, 5)
-    x, w, bias = (
-        jax.random.normal(key, shape, dtype)
-        for key, shape in zip(k, ((t, D), (D, V), (V,)), strict=False)
-    )
-    labels = jax.random.randint(k[3], (t,), 0, V)
-    return x, w, bias, labels, jax.random.uniform(k[4], (t,), jnp.float32)
-
-
-def truth(x, w, bias, labels, bar, lse_bar=0.0, h_bar=0.0, eps=0.0, zeta=0.0, temp=1.0, cap=None):
-    """Losses, lse, entropy and the gradients of x, w and bias, by the textbook's formulas."""
-    x, w, bias, bar = (np.asarray(a, np.float64) for a in (x, w, bias, bar))
-    bar, logits = bar[:, None], x @ w + bias
-    tanh = np.tanh(logits / cap) if cap else 0.0
-    z = (cap * tanh if cap else logits) / temp
-    lse = np.logaddexp.reduce(z, axis=1, keepdims=True)
-    p = np.exp(z - lse)
-    q = (1 - eps) * np.eye(V)[np.asarray(labels)] + eps / V
-    entropy = lse - (p * z).sum(1, keepdims=True)
-    loss = lse - (q * z).sum(1, keepdims=True) + zeta * lse**2
-    z_bar = (bar + lse_bar + 2 * zeta * lse * bar) * p - bar * q
-    z_bar -= h_bar * p * (z - lse + entropy)
-    x_bar = z_bar * (1 - tanh**2) / temp
-    rows = (loss, lse, entropy)
-    return *(row[:, 0] for row in rows), x_bar @ w.T, x.T @ x_bar, x_bar.sum(0)
-
-
-def assert_near(actual, expected, bar):
-    for a, e in zip(actual, expected, strict=True):
-        a = np.asarray(a, np.float64)
-        assert a.shape == e.shape
-        assert np.abs(a - e).max() <= bar * np.abs(e).max()
-
-
-def with_gradients(f, x, w, bias, bars):
-    @jax.jit
-    def run(x, w, bias):
-        out, back = jax.vjp(f, x, w, bias)
-        return out, back(bars)
-
-    return run(x, w, bias)
+    return heads.problem(rng, t, D, V, dtype)
 
 
 def test_every_option(rng):
-    x, w, bias, labels, bar = problem(rng)
-    options = {"label_smoothing": 0.1, "z_loss": 0.01, "temperature": 0.7, "logit_soft_cap": 5.0}
-
-    def rows(x, w, bias):
-        loss, aux = fused(x, w, labels, bias, return_aux=True, **options)
-        return loss, aux.lse, aux.entropy, aux.argmax
-
-    argmax_bar = np.zeros(T, jax.dtypes.float0)
-    bars = bar, 2 * bar, 3 * bar, argmax_bar
-    (*out, argmax), back = with_gradients(rows, x, w, bias, bars)
-    column = np.asarray(bar, np.float64)[:, None]
-    expected = truth(x, w, bias, labels, bar, 2 * column, 3 * column, 0.1, 0.01, 0.7, 5.0)
-    assert_near((*out, *back), expected, 1e-6)
-    np.testing.assert_array_equal(
-        argmax, np.argmax(np.float64(x) @ np.float64(w) + np.float64(bias), axis=1)
-    )
+    heads.assert_every_option(fused, *problem(rng))
 
 
 def test_bfloat16_and_a_tied_embedding(rng):
-    x, w, bias, labels, bar = problem(rng, jnp.bfloat16)
-    f = lambda x, w, bias: fused(x, w, labels, bias, vocab_axis=0)
-    loss, (x_bar, w_bar, bias_bar) = with_gradients(f, x, w.T, bias, bar)
-    assert {z.dtype for z in (x_bar, w_bar, bias_bar)} == {jnp.dtype("bfloat16")}
-    expected = truth(x, w, bias, labels, bar)
-    assert_near((loss,), expected[:1], 1e-6)
-    assert_near((x_bar, w_bar.T, bias_bar), expected[3:], 4e-3)
+    heads.assert_tied_in_16_bits(fused, *problem(rng, jnp.bfloat16))
 
 
 def test_ignored_and_unknown_tokens_under_a_mean(rng):
     x, w, _, labels, weights = problem(rng)
-    labels = labels.at[3].set(-100).at[5].set(V + 7)
-    x = x.at[3].set(jnp.nan)
-    f = lambda x, w: fused(x, w, labels, ignore_index=-100, weights=weights, reduction="mean")
-    loss, (x_bar, w_bar) = jax.jit(jax.value_and_grad(f, (0, 1)))(x, w)
-    assert jnp.isnan(loss) and jnp.isnan(x_bar[5]).all() and (x_bar[3] == 0).all()
-    kept = np.delete(np.arange(T), (3, 5))
-    bar = weights[kept] / (weights.sum() - weights[3])
-    expected = truth(x[kept], w, np.zeros(V), labels[kept], bar)
-    assert_near((x_bar[kept], w_bar), expected[3:5], 1e-6)
+    heads.assert_tokens_left_out(fused, x, w, labels, weights)
 
 
 def test_tokens_in_blocks_where_their_gradient_is_too_large(rng, monkeypatch):

@@ -1,0 +1,86 @@
+"""The loops of ``linear_schedules.per_token`` as Pallas kernels for TPU, around the same tiles.
+
+    forward:   for tokens: for classes: x, measure, merge                      one product
+    backward:  for classes: for tokens: x, x̄, h̄ += x̄ w, w̄ += h x̄              three
+
+``backends.pallas_tpu`` decides where a tile is held.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgrad.backends.pallas_tpu import loops
+from jaxgrad.kernels import linear_rows, linear_tile
+from jaxgrad.kernels.linear_rows import Sums
+from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
+from jaxgrad.kernels.row_rule import Part, Rule
+
+DTYPES = (jnp.float32, jnp.bfloat16)
+LANES = 128  # of a vector register: a tile has a multiple of them
+
+
+def obstacle(chunk_size: Any) -> str | None:
+    """Why this is no tile; None if it is one."""
+    if isinstance(chunk_size, tuple) and not any(size % LANES for size in chunk_size):
+        return None
+    return f"takes chunk_size=(tokens, classes), multiples of {LANES}, got {chunk_size}"
+
+
+def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
+    """The sums over all classes, and the best class, of every token."""
+
+    def start(size):
+        return linear_tile.nothing(plan, tokens._replace(x=jnp.zeros((size, 1))), rule)
+
+    def body(so_far, tile, column, where):
+        some = Tokens(tile.x, tile.rows, where)
+        size = tile.w.shape[plan.vocab_axis]
+        layer = Head(tile.w, tile.bias)
+        return linear_rows.visit(plan, layer, some, tile.scalars, so_far, column, size)[0]
+
+    operands = loops.Operands(tokens.x, *head, tokens.labels, rule)
+    return loops.sums(start, body, operands, plan.vocab_axis, plan.tile, _interpret(plan))
+
+
+def pull_back(
+    plan: Plan,
+    wanted: Wanted,
+    head: Head,
+    tokens: Tokens,
+    rule: Rule,
+    part: Part,
+    row_bars: tuple[Array, Array | None, Array | None],
+) -> Bars:
+    """The cotangents of x, w and bias."""
+
+    def body(bars, tile, column, where):
+        labels, part, row_bars = tile.rows
+        some, layer = Tokens(tile.x, labels, where), Head(tile.w, tile.bias)
+        size = tile.w.shape[plan.vocab_axis]
+        x = linear_tile.logits(plan, layer, tile.x, column, size)
+        bars = linear_tile.pull_back(
+            plan,
+            wanted,
+            Bars(x=bars.x, w=bars.w, bias=bars.bias),
+            layer,
+            some,
+            x,
+            tile.scalars,
+            part,
+            row_bars,
+            start=(0, column),
+            x_at=0,
+            w_at=0,
+        )
+        return loops.Gradients(bars.x, bars.w, bars.bias)
+
+    dtypes = loops.Gradients(wanted.x, wanted.w, wanted.bias)
+    operands = loops.Operands(tokens.x, *head, (tokens.labels, part, row_bars), rule)
+    bars = loops.gradients(body, operands, dtypes, plan.vocab_axis, plan.tile, _interpret(plan))
+    return Bars(x=bars.x, w=bars.w, bias=bars.bias)
+
+
+def _interpret(plan):
+    return plan.implementation == "pallas_interpret"
