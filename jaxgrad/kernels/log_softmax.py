@@ -138,8 +138,9 @@ def _jvp(axis, axis_name, residuals, x_dot, _):  # (5)
     x_, m_, _ = numerics.apart(x, m, excess, wide=True)
     e = jnp.exp(numerics.below_max(numerics.masked(x_, where), m_))
     wins = e > jnp.where(numerics.won(excess), 0.5, 2)
-    winner = jnp.where(wins, x_dot_, 0).sum(axis, keepdims=True)
     rest = (jnp.where(wins, -excess, e) * x_dot_).sum(axis, keepdims=True)
+    # After it, so that the transpose takes it off ȳ before.
+    winner = jnp.where(wins, x_dot_, 0).sum(axis, keepdims=True)
     winner, rest = sharding.psum((winner, rest), axis_name)
 
     def spread(row):
