@@ -22,7 +22,6 @@ from jax import Array, lax
 from jaxgrad import numerics
 
 
-
 class Room(NamedTuple):
     """The largest tile of logits, and how many of them may be kept from one loop to the next."""
 
@@ -39,7 +38,7 @@ GPU = Room(tokens=4096, classes=8192)
 
 
 def room(platform: str) -> Room:
-    """What ``platform`` has room for: measured on a CPU and a GPU, taken for any other from a CPU."""
+    """What ``platform`` has room for, measured on a CPU and a GPU; any other is taken for a CPU."""
     return GPU if platform == "gpu" else CPU
 
 
@@ -128,6 +127,16 @@ def take(x: Array, start: Any, size: int, axis: int) -> Array:
         # XLA's CPU slices bfloat16 in float32. Tied to the loop, x is not widened whole before it.
         x, start = lax.optimization_barrier((x, jnp.asarray(start, jnp.int32)))
     return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def rows(tree: Any, start: Any, size: int) -> Any:
+    """``size`` rows from ``start`` on of each array; a single row stands for all."""
+    return jax.tree.map(lambda x: x if len(x) == 1 else take(x, start, size, 0), tree)
+
+
+def only(new: Array | None, tree: Any) -> Any:
+    """Arrays of rows, 0 but for the ``new`` ones; None: all are."""
+    return tree if new is None else jax.tree.map(lambda x: jnp.where(new[:, None], x, 0), tree)
 
 
 def put(x: Array, tile: Array, *start: Any) -> Array:

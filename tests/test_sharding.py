@@ -298,7 +298,8 @@ def in_every_position(mesh, labels, c):
         }
         if not explicit:  # inside of shard_map an axis is manual, of whichever kind it was
             found["inside"] = inside({"data", "model"})
-            found["partly manual"] = inside({"model"})
+            if mesh.shape["model"] > 1:  # of one device, XLA refuses even a bare psum
+                found["partly manual"] = inside({"model"})
         return {name: f(h, w) for name, f in found.items()} | {
             "cut logits": jax.value_and_grad(integer)(x),
             "cut heads": jax.value_and_grad(attention)(q),

@@ -27,7 +27,7 @@ def arguments(
     accumulate_dtype: Any,
     precision: Any,
     axis_name: sharding.AxisName,
-    fsdp_axis: sharding.AxisName,
+    fsdp_axis: sharding.AxisName = None,
 ) -> tuple[Plan, Head, Tokens, Rule, tuple[int, ...]]:
     """The arguments of a call, checked, leading dimensions flattened; and those dimensions."""
     x, w = numerics.as_float(x, of), numerics.as_float(w, of, "w")

@@ -28,7 +28,7 @@ def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
         layer = _collected(plan, head, column, width)
 
         def chunk(_, row, size, __):
-            some, so_far = linear_tile.some((tokens, sums), row, size)
+            some, so_far = tiling.rows((tokens, sums), row, size)
             return (), linear_rows.visit(plan, layer, some, rule, so_far, column, width)[0]
 
         return tiling.fold_overlapping(chunk, (), len(tokens.x), plan.tile[0])[1], ()
@@ -52,7 +52,7 @@ def pull_back(
         layer = _collected(plan, head, column, width)
 
         def chunk(bars, row, size, new):
-            some, part_, row_bars_ = linear_tile.some((tokens, part, row_bars), row, size)
+            some, part_, row_bars_ = tiling.rows((tokens, part, row_bars), row, size)
             x = linear_tile.logits(plan, layer, some.x, column, width)
             return linear_tile.pull_back(
                 plan,
@@ -63,7 +63,7 @@ def pull_back(
                 x,
                 rule,
                 part_,
-                linear_tile.only(new, row_bars_),
+                tiling.only(new, row_bars_),
                 start=(row, column),
                 x_at=row,
                 w_at=0,

@@ -81,7 +81,7 @@ def _forward(plan, head, tokens, rule):
 @_in_halves
 def _rows(plan, head, tokens, rule):
     def chunk(carry, row, size, _):
-        some = linear_tile.some(tokens, row, size)
+        some = tiling.rows(tokens, row, size)
         part, best, _ = _stream(plan, head, some, rule)
         return carry, linear_rows.finish(plan, some, rule, part, best)
 
@@ -126,7 +126,7 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     def block(bars, first, size, _):
         def classes(bars, column, width, _):
             def chunk(bars, row, size, new):
-                some, part_, row_bars_ = linear_tile.some((tokens, part, row_bars), row, size)
+                some, part_, row_bars_ = tiling.rows((tokens, part, row_bars), row, size)
                 x = linear_tile.logits(plan, head, some.x, first + column, width)
                 return linear_tile.pull_back(
                     plan,
@@ -137,7 +137,7 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
                     x,
                     rule,
                     part_,
-                    linear_tile.only(new, row_bars_),
+                    tiling.only(new, row_bars_),
                     start=(row, first + column),
                     x_at=row,
                     w_at=column,
@@ -186,10 +186,10 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 
     def chunk(bars, row, size, new):
-        some, scale_ = linear_tile.some((clean, scale), row, size)
+        some, scale_ = tiling.rows((clean, scale), row, size)
         part, best, kept = _stream(plan, head, some, rule, keep=True)
         rows, part = linear_rows.finish(plan, some, rule, part, best)
-        row_bars = linear_rows.row_bars(plan, some.labels, linear_tile.only(new, scale_))
+        row_bars = linear_rows.row_bars(plan, some.labels, tiling.only(new, scale_))
         of_rows = (rule, part, row_bars)
         of_classes = sharding.lift(of_rows, plan.axis_name)
 

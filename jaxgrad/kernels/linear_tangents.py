@@ -50,7 +50,7 @@ def _per_token_jvp(plan, residuals, head_dot, tokens_dot, rule_dot):
         columns_dot, column = _columns_dot(plan, block_dot, column, width), first + column
 
         def chunk(_, row, size, __):
-            some, some_dot, some_part, some_units = linear_tile.some(
+            some, some_dot, some_part, some_units = tiling.rows(
                 (clean, tokens_dot, part_, units_), row, size
             )
             x = linear_tile.logits(plan, head, some.x, column, width)

@@ -120,16 +120,6 @@ def is_integer(labels: Labels) -> bool:
     return not (isinstance(labels, SparseLabels) or is_dense(labels))
 
 
-def some(tokens: Any, row: Any, size: int) -> Any:
-    """``size`` tokens from ``row`` on; a single row stands for all."""
-    return jax.tree.map(lambda z: z if len(z) == 1 else tiling.take(z, row, size, 0), tokens)
-
-
-def only(new: Array | None, bars: Any) -> Any:
-    """Cotangents of rows, 0 but for the ``new`` ones."""
-    return bars if new is None else jax.tree.map(lambda z: jnp.where(new[:, None], z, 0), bars)
-
-
 def logits(plan: Plan, head: Head, x: Array, start: Any, size: int) -> Array:
     """(1)"""
     x_ij = product(plan, x, _classes(plan, head.w, start, size))
@@ -159,15 +149,8 @@ def nothing(plan: Plan, tokens: Tokens, rule: Rule) -> tuple[Part, Array]:
     """What :func:`measure` gives for no classes."""
     zero = jnp.zeros_like(tokens.x, plan.wide, shape=(len(tokens.x), 1))
     some = zero if rule.label_smoothing is not None else None
-    part = Part(
-        zero - jnp.inf,
-        zero - 1,
-        gap=zero,
-        mass=zero,
-        spread=some,
-        count=some,
-        moment=zero if plan.entropy else None,
-    )
+    moment = zero if plan.entropy else None
+    part = Part(zero - jnp.inf, zero - 1, zero, zero, spread=some, count=some, moment=moment)
     return part, jnp.zeros_like(zero, jnp.int32)
 
 

@@ -152,7 +152,7 @@ def _jit(
     sizes = arguments.sizes(q, k, OF)
     of_all_keys = sizes._replace(keys=ring.shards * sizes.keys)
     terms = arguments.terms(of_all_keys, q, bias, scale, cap)
-    masks = arguments.masks(sizes, None, *lengths.values(), segment_ids)
+    masks = arguments.masks(sizes, None, query_seq_lengths, key_value_seq_lengths, segment_ids)
     masks = masks._replace(mask=arguments.masks(of_all_keys, mask, None, None, None).mask)
     given = (*arguments.by_head(sizes, q, k, v), terms, masks)
     out: Any = _ring(ring, *sharding.lift(given, ring.axis_name))
@@ -171,7 +171,8 @@ def _ring(
 def _forward(ring, q, k, v, terms, masks):  # (1)
     def see(j, keys, band):
         k, v, ids = keys
-        return attention._forward(band, q, k, v, *ring.block(j, q, k, terms, masks, ids))
+        terms_, masks_ = ring.block(j, q, k, terms, masks, ids)
+        return attention._forward(band, q, k, v, terms_, masks_)
 
     def merged(part, j, keys, band):
         more = lambda: attention_parts.merge(part, see(j, keys, band))
@@ -206,9 +207,9 @@ def _bwd(ring, residuals, bars):  # (2)
         def more():
             (q_bar, terms_bar), travels = before
             k, v, ids = keys
-            block = ring.block(j, q, k, terms, masks, ids)
+            terms_, masks_ = ring.block(j, q, k, terms, masks, ids)
             q_bar_, k_bar, v_bar, block_bar = attention._backward(
-                band, q, k, v, *block, o_bar, mean, m, excess
+                band, q, k, v, terms_, masks_, o_bar, mean, m, excess
             )
             stays = (q_bar + q_bar_, ring.with_block(j, k, terms_bar, block_bar))
             return stays, jax.tree.map(jnp.add, travels, (k_bar, v_bar))

@@ -87,7 +87,7 @@ class Ring(NamedTuple):
             key_segment,
         )
 
-    def with_block(self, j: Any, k: Array, bars: Terms, block_bars: Terms) -> Terms:
+    def with_block(self, j: Any, k: Array, bars: Any, block_bars: Any) -> Terms:
         """The cotangents ``bars`` of the terms, with those of a block added."""
         bias = bars.bias
         if bias is not None:

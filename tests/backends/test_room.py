@@ -1,7 +1,6 @@
 """Where programs run decides how large their tiles are, and what is kept between two loops."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxgrad
