@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.test_util import check_grads
+from jax.test_util import check_jvp
 from numpy.testing import assert_allclose
 
 # Far enough for exp, and finite, so that JAX's own derivatives of the formulas are.
@@ -78,26 +78,31 @@ def push(f):
     return lambda s: jax.jvp(f, (s,), (jnp.ones_like(s),))
 
 
-def forwards(f):
-    """``f``, of one number, and its first and second derivative, by forward mode throughout."""
+def forwards(f, orders=2):
+    """``f``, of one number, and its derivatives, by forward mode throughout."""
+    if orders == 0:
+        return lambda s: (f(s),)
+    lower = forwards(f, orders - 1)
 
     def of(s):
-        (y, first), (_, second) = push(push(f))(s)
-        return y, first, second
+        values, slopes = push(lower)(s)
+        return *values, slopes[-1]
 
     return of
 
 
-def backwards(f):
+def backwards(f, orders=2):
     """As :func:`forwards`, by reverse mode throughout."""
+    if orders == 0:
+        return lambda s: (f(s),)
 
-    def slope(s):
-        y, first = jax.value_and_grad(f)(s)
-        return first, y
+    def last(s):
+        *values, value = backwards(f, orders - 1)(s)
+        return value, values
 
     def of(s):
-        (first, y), second = jax.value_and_grad(slope, has_aux=True)(s)
-        return y, first, second
+        (value, values), slope = jax.value_and_grad(last, has_aux=True)(s)
+        return *values, value, slope
 
     return of
 
@@ -110,23 +115,26 @@ def mixed(f):
 def check_every_order(f, plain, third=True):
     """The derivatives of ``f``, of one number, at 0.
 
-    The first two, by every composition of modes, are those of the formula ``plain``. ``third``: by
-    forward mode throughout, and by reverse mode throughout, JAX's own check holds of ``f`` and of
-    these two, up to the third order, that is. Its differences, of eps = 1e-4 in float64, are off by
+    The first two, by every composition of modes, are those of the formula ``plain``. By forward
+    mode throughout, and by reverse mode throughout, each of them, and a ``third``, are differences
+    of the one before, as ``check_grads`` of JAX takes them: of eps = 1e-4 in float64, off by
     eps² / 6 times the derivative two orders higher, of which none here is a thousand times the one
     checked.
     """
-    at, by_forward, by_reverse = jnp.zeros(()), jax.jit(forwards(f)), jax.jit(backwards(f))
+    at, orders = jnp.zeros(()), 3 if third else 2
+    by_forward, by_reverse = jax.jit(forwards(f, orders)), jax.jit(backwards(f, orders))
     expected, (fr, rf) = jax.jit(lambda s: (forwards(plain)(s), mixed(f)(s)[1:]))(at)
     found = {
-        "forward": by_forward(at),
-        "reverse": by_reverse(at),
+        "forward": by_forward(at)[:3],
+        "reverse": by_reverse(at)[:3],
         "both": (*expected[:2], fr),
         "both, in turn": (*expected[:2], rf),
     }
     close_to(found, expected)
-    for mode, of in (("fwd", by_forward), ("rev", by_reverse)) if third else ():
-        check_grads(of, (at,), order=1, modes=[mode], atol=1e-5, rtol=1e-5)
+    for of in by_forward, by_reverse:
+        lower = lambda s, of=of: of(s)[:-1]
+        tangents = lambda s, s_dot, of=of: (of(*s)[:-1], tuple(s_dot[0] * z for z in of(*s)[1:]))
+        check_jvp(lower, tangents, (at,), atol=1e-5, rtol=1e-5)
 
 
 def transformed(f):
