@@ -65,8 +65,8 @@ _ASKED = "asked for"
 MEASURED: dict[tuple[str, str], Choice] = {
     ("dot_product_attention", "NVIDIA H100"): Choice(
         "pallas_gpu",
-        "measured on an H100, forward and backward of B 2, T 4096, N 16, H 128, causal, bfloat16: "
-        "FIGURES",
+        "measured on an H100: value and gradients for B 2, T 4096, N 16, H 128, causal, bfloat16, "
+        "take 1.9 ms and 2 MiB; 9.4 ms and 5121 MiB by jax.nn's 'xla'; 1.2 ms by its 'cudnn'",
     ),
 }
 

@@ -55,6 +55,8 @@ def implemented(
     obstacle = None
     if name in backends.OTHERS[OF]:
         obstacle = _obstacle(name, mode, q, k, v, terms, masks)
+    if implementation is None and numerics.is_wide(q):
+        obstacle = obstacle or "was timed on 16-bit arrays alone"
     runs = backends.choose(OF, implementation, obstacle)
     if runs.name != "xla" and runs.asked:
         refuse = f"{OF}: implementation={runs.name!r} has no gradient for bias, scale and "

@@ -69,6 +69,9 @@ def pull_back(
     dtype = linear_tile.bar_dtype(plan, tokens.x)
     operands = loops.Operands(tokens.x, *head, (tokens.labels, part, row_bars), rule)
 
+    plain = rule.soft_cap is None and row_bars[2] is None
+    name = "bars" if plain else "heavy bars"
+
     def body(x, rows, rule, column, where):
         labels, part, row_bars = rows
         t = linear_tile.targets(plan, labels, column, x.shape[1])
@@ -84,6 +87,7 @@ def pull_back(
         x_bar, bias_bar = loops.bars(
             _product(plan),
             body,
+            name,
             operands._replace(w=some.w, bias=some.bias, rows=rows),
             dtype,
             wanted.bias is not None,
@@ -104,7 +108,7 @@ def pull_back(
 
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
     zero = zero._replace(w=linear_bars.cast(zero.w, wanted.w))
-    multiple = tiles.plan("bars", operands, plan.vocab_axis, plan.tile).classes
+    multiple = tiles.plan(name, operands, plan.vocab_axis, plan.tile).classes
     limit = tiles.block(len(tokens.x), dtype.itemsize, multiple)
     return tiling.fold(block, zero, plan.v, tiling.even(plan.v, limit, multiple))[0]
 

@@ -116,7 +116,7 @@ def _bwd(axis, axis_name, residuals, y_bar):
     total = numerics.widen(y_bar).sum(axis, keepdims=True)
 
     def total_of_others():
-        lost = numerics.lost(jnp.exp(numerics.below_max(x, m)))
+        lost = jnp.sign(-numerics.below_max(x, m))  # 0 for the winner, else 1
         return (numerics.widen(y_bar) * lost).sum(axis, keepdims=True)
 
     others = numerics.if_any(won, total_of_others, lambda: total)

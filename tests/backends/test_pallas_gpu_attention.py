@@ -141,43 +141,48 @@ def as_default(monkeypatch):
 
 
 def test_unasked_it_has_every_derivative(rng, as_default):
-    q, k, v, o_bar, _ = problem(rng, b=1, t=20, s=20, n=2, k=1, h=4, d=4)
+    q, k, v, o_bar, _ = problem(rng, "bfloat16", b=1, t=20, s=20, n=2, k=1)
     terms = (jnp.ones((20, 20)).at[3].set(2.0), jnp.float32(0.6), jnp.float32(2.0))
 
     def loss(implementation, q, k, v, bias, scale, cap):
         options = {"scale": scale, "logits_soft_cap": cap, "implementation": implementation}
-        return (dot_product_attention(q, k, v, bias, is_causal=True, **options) * o_bar).sum()
+        o = dot_product_attention(q, k, v, bias, is_causal=True, **options)
+        return (o * o_bar).astype(jnp.float32).sum()
 
     def derivatives(implementation):
         first = jax.grad(functools.partial(loss, implementation), tuple(range(6)))
         x = (q, k, v, *terms)
         return jax.jit(lambda *x: jax.jvp(first, x, jax.tree.map(jnp.cos, x)))(*x)
 
-    actual = derivatives(None)
+    actual = jax.tree.leaves(derivatives(None))
     assert len(set(as_default)) == 2
-    near = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
-    jax.tree.map(near, actual, derivatives("xla"))
+    for a, e in zip(actual, jax.tree.leaves(derivatives("xla")), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert np.linalg.norm(a - e) <= 1e-2 * np.linalg.norm(e)
 
 
 def test_unasked_under_vmap_and_where_it_cannot(rng, as_default):
-    q, k, v, *bars = problem(rng, b=2, t=20, s=20, n=2, k=1)
+    q, k, v, *bars = problem(rng, "bfloat16", b=2, t=20, s=20, n=2, k=1)
     f = functools.partial(dot_product_attention, is_causal=True, return_residual=True)
     mapped = jax.vmap(lambda *x: f(*x))
     out = with_gradients(mapped, q, k, v, *bars)
-    assert_near(out, truth(q, k, v, *bars, np.tri(20, dtype=bool)), 1e-6)
+    assert_near(out, truth(q, k, v, *bars, np.tri(20, dtype=bool)), 4e-3)
+    assert as_default
     as_default.clear()
     jax.eval_shape(forward_mode.dot_product_attention, q, k, v)
     jax.eval_shape(f, q, k, v[..., :0])
+    jax.eval_shape(f, *(z.astype(jnp.float32) for z in (q, k, v)))
     assert not as_default
 
 
 def test_on_another_platform_the_loops_run(rng, monkeypatch):
     monkeypatch.setattr(backends, "device", lambda: "NVIDIA H100 80GB HBM3")
-    q, k, v, *bars = problem(rng, b=1, t=20, s=20, n=2, k=1)
-    out = with_gradients(
-        functools.partial(dot_product_attention, return_residual=True), q, k, v, *bars
-    )
-    assert_near(out, truth(q, k, v, *bars), 1e-6)
+    attention._jit.clear_cache()
+    q, k, v, *bars = problem(rng, "bfloat16", b=1, t=20, s=20, n=2, k=1)
+    f = functools.partial(dot_product_attention, return_residual=True)
+    out = with_gradients(f, q, k, v, *bars)
+    assert_near(out, truth(q, k, v, *bars), 4e-3)
+    attention._jit.clear_cache()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])

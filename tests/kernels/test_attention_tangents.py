@@ -23,7 +23,8 @@ close = functools.partial(
 def small_tiles(monkeypatch):
     """Tiles of which these arrays have several."""
     attention._jit.clear_cache()
-    monkeypatch.setattr(attention_tiles, "SIDE", 4)
+    for name in ("QUERIES", "KEYS", "BAND_KEYS"):
+        monkeypatch.setattr(attention_tiles, name, 4)
     yield
     attention._jit.clear_cache()
 

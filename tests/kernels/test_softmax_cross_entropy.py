@@ -146,6 +146,16 @@ def test_the_forward_of_bfloat16_holds_no_array_of_float32():
         assert memory.temp_size_in_bytes < 0.1 * 4 * 64 * 4096
 
 
+def test_a_soft_cap_is_not_spread_over_the_logits():
+    """On the CPU, which gives two consumers of a scalar an array of it."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("the memory of the CPU backend")
+    x, labels = jax.ShapeDtypeStruct((64, 4096), "float32"), jnp.zeros(64, int)
+    loss = lambda x, labels: integer_loss(x, labels, logit_soft_cap=30.0).sum()
+    memory = jax.jit(jax.value_and_grad(loss)).lower(x, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * 4 * 64 * 4096
+
+
 def test_the_gradient_of_many_classes_keeps_its_digits(rng):
     """The largest of many probabilities is small: 1 must not be taken off it and put back."""
     logits, labels = 3 * jax.random.normal(rng, (2, 8, 4096))
