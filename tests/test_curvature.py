@@ -1,4 +1,4 @@
-"""Products with the curvature, beside the matrices they stand for; and what they are good for."""
+"""Products with the curvature, beside the matrices they stand for."""
 
 import jax
 import jax.numpy as jnp
@@ -55,34 +55,3 @@ def test_gauss_newton_product_of_nothing_is_refused():
     for tangents in (None, None), (x,):
         with pytest.raises(ValueError, match="linear_softmax_cross_entropy_gnvp: tangents must be"):
             linear_softmax_cross_entropy_gnvp((x, w), tangents, labels)
-
-
-def test_newton_by_conjugate_gradients_beats_gradient_descent():
-    """Logistic regression of handwritten digits: 6 steps are worth more than 300."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn holds the digits")
-    images, digits = datasets.load_digits(return_X_y=True)
-    x, labels, decay = jnp.asarray(images / 16, "float32"), jnp.asarray(digits), 1e-3
-
-    def objective(w):
-        loss = jaxgrad.linear_softmax_cross_entropy(x, w, labels, reduction="mean")
-        return loss + decay / 2 * (w**2).sum()
-
-    def newton(w, _):
-        def curvature(v):
-            return linear_softmax_cross_entropy_gnvp((x, w), (None, v), labels)[1] + decay * v
-
-        step, _ = jax.scipy.sparse.linalg.cg(curvature, jax.grad(objective)(w), maxiter=20)
-        return w - step, objective(w - step)
-
-    bound = float(jnp.linalg.norm(x, ord=2) ** 2 / (2 * len(x))) + decay  # of the curvature
-
-    def descent(w, _):
-        w = w - jax.grad(objective)(w) / bound
-        return w, objective(w)
-
-    @jax.jit
-    def run(w):
-        return [jax.lax.scan(f, w, length=n)[1][-1] for f, n in ((newton, 6), (descent, 300))]
-
-    by_newton, by_descent = run(jnp.zeros((64, 10)))
-    assert by_newton < 0.9 * by_descent

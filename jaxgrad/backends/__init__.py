@@ -141,7 +141,7 @@ def _why_xla(others):
     here = _made_for_here(others)
     if not here:
         return f"no other runs on {platform()}"
-    return f"no other was measured to be faster; implementation={here[0]!r} tries one"
+    return f"alone in having every derivative; implementation={here[0]!r} may be faster"
 
 
 def _made_for_here(names):

@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     slope: Callable[[Array], Array]  # of u, what z̄ is multiplied by where there is a soft-cap
 
 
-def _logits(products: Array, terms: Terms, where: Array | None) -> tuple[Array, Array | None]:
+def _logits(products: Array, terms: Any, where: Array | None) -> tuple[Array, Array | None]:
     """z and u from ⟨q, k⟩, the terms of the tile, and which entries are visible."""
     return attention_products.of_scaled(products * terms.scale, terms, where)
 

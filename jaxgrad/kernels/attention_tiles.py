@@ -19,7 +19,9 @@ from jax import Array, lax
 
 from jaxgrad import tiling
 
-SIDE = 512  # of a tile: its products run at full speed, and it stays in a cache
+QUERIES = 256  # of a tile, which stays in a cache
+KEYS = 2048  # at once, where none are hidden: nothing to merge, up to so many
+BAND_KEYS = 512  # where whole tiles may be hidden: the narrower, the more of them are
 NARROWEST = 128  # block of queries, where a window shows few keys to each
 
 
@@ -130,7 +132,7 @@ class Plan:
         self.batch, self.heads, self.group, self.queries, _ = q.shape
         self.keys, self.band = k.shape[3], band
         self.rows, self.width, self.columns = lengths(self.queries, self.keys, self.group, band)
-        room = SIDE**2 // max(1, self.group * self.rows * self.columns)
+        room = 2 * QUERIES * BAND_KEYS // max(1, self.group * self.rows * self.columns)
         self.heads_step = _divisor(self.heads, room)
         whole = self.heads_step == self.heads
         self.batch_step = _divisor(self.batch, room // max(1, self.heads)) if whole else 1
@@ -178,14 +180,15 @@ class Plan:
 
 def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, int]:
     """How many queries make a block, how many keys it goes through, how many of them at a time."""
-    rows, width = SIDE // group, keys
+    rows, width = QUERIES // group, keys
     if band.left is not None and band.right is not None:
         window = max(band.left + band.right, 0)
         rows = min(rows, max(window, NARROWEST))
     rows = tiling.even(queries, max(1, rows), 8)
     if band.left is not None and band.right is not None:
         width = min(max(rows + band.left + band.right, 0), keys)
-    return rows, width, tiling.even(width, SIDE, 8)
+    hides = (band.left is None) != (band.right is None)
+    return rows, width, tiling.even(width, BAND_KEYS if hides else KEYS, 8)
 
 
 def first_key(first: Any, width: int, keys: int, band: Band) -> Any:
