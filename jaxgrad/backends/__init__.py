@@ -30,7 +30,7 @@ _EVERY: tuple[Implementation, ...] = (
 OTHERS: dict[str, tuple[Implementation, ...]] = {
     "linear_softmax_cross_entropy": _EVERY,
     "linear_log_probs": _EVERY,
-    "dot_product_attention": ("pallas_gpu", "pallas_gpu_interpret"),
+    "dot_product_attention": _EVERY,
 }
 
 

@@ -91,9 +91,11 @@ def dot_product_attention(
         as it was measured to be faster there, with "xla" for what it lacks; else "xla". By name:
         "xla", any device and all that is described here; "pallas_gpu", kernels for GPU by way of
         Triton (a part of JAX that is deprecated since 0.11, where it works), for heads of at most
-        256, without derivatives to bias, scale and soft-cap, and without second ones;
-        "pallas_gpu_interpret", the same on any device, slowly. What is named runs, or an error
-        tells why not. :func:`jax.export` does not serialize kernels: name "xla" there.
+        256; "pallas_tpu", kernels for TPU, for no bias and no mask, compiled for it and never run
+        on one; "pallas_gpu_interpret" and "pallas_interpret", the same two on any device, slowly.
+        The kernels lack derivatives to bias, scale and soft-cap, and second ones. What is named
+        runs, or an error tells why not. :func:`jax.export` does not serialize kernels: name "xla"
+        there.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the

@@ -118,9 +118,11 @@ def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..
 
 
 def _backend(name) -> tuple[Any, bool]:
-    from jaxgrad.backends.pallas_gpu import attention as pallas_gpu
-
-    return pallas_gpu, name.endswith("interpret")
+    if name.startswith("pallas_gpu"):
+        from jaxgrad.backends.pallas_gpu import attention as backend
+    else:
+        from jaxgrad.backends.pallas_tpu import attention as backend
+    return backend, name.endswith("interpret")
 
 
 def _instead(runs, kernel, loops):
