@@ -34,15 +34,17 @@ def release():
 
 
 @pytest.fixture
-def unoptimised(monkeypatch):
-    """Programs as XLA has them before its optimiser: for what holds whatever that does.
-
-    Those that a test itself compiles as one, XLA's CPU compiler emits the quick way, too.
-    """
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+def hardly_optimised():
+    """Programs as XLA has them before its optimiser."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def unoptimised(hardly_optimised, monkeypatch):
+    """The quick way to compile, too, for what a test jits as a whole: for what holds anyhow."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from jaxgrad.kernels.attention import dot_product_attention
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Blocks of 8 queries, so that short sequences have many tiles, ragged and rolled ones."""
-    for name in ("QUERIES", "KEYS", "BAND_KEYS"):
-        monkeypatch.setattr(attention_tiles, name, 16)
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(16, 16, 16, area=512))
     monkeypatch.setattr(attention_tiles, "NARROWEST", 4)
     attention._jit.clear_cache()
     yield
@@ -475,8 +474,7 @@ def test_derivatives_of_second_order(standard_promotion):
 @pytest.mark.parametrize("size", [3, 0])
 def test_hessian(size, monkeypatch):
     """By all arguments at once, over two tiles of keys; at 0 the maxima of both are the same."""
-    for name in ("QUERIES", "KEYS", "BAND_KEYS"):
-        monkeypatch.setattr(attention_tiles, name, 2)
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(2, 2, 2, area=8))
     x = size * jax.random.normal(jax.random.key(0), (3, 1, 3, 1, 2))
     x = x.at[2].add(jnp.arange(6.0).reshape(1, 3, 1, 2))
     square = lambda f: lambda x: (f(*x, is_causal=True) ** 2).sum()

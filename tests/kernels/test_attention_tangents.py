@@ -23,8 +23,7 @@ close = functools.partial(
 def small_tiles(monkeypatch):
     """Tiles of which these arrays have several."""
     attention._jit.clear_cache()
-    for name in ("QUERIES", "KEYS", "BAND_KEYS"):
-        monkeypatch.setattr(attention_tiles, name, 4)
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(4, 4, 4, area=32))
     yield
     attention._jit.clear_cache()
 
