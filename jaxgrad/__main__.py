@@ -60,7 +60,7 @@ A shape of two numbers is rows,classes; of three, tokens,features,classes of a f
 four, batch,length,heads,features of attention. Close what else is running: the table ends with
 how noisy the machine was.
 exit code: 0, 2 if an argument cannot be used, 130 after Ctrl-C"""
-TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -207,10 +207,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--compare", metavar="OLD.json", help="tell what changed since a run")
     bench.set_defaults(run=_bench)
 
-    aot = _parser(commands.add_parser, "aot", help="memory of the head on a TPU that is not there")
+    aot = _parser(commands.add_parser, "aot", help="memory of kernels on a TPU that is not there")
     aot.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to compile (all)")
     aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
-    aot.add_argument("--shape", type=_shape, help="tokens,features,classes (4096,2048,131072)")
+    aot.add_argument("--shape", type=_shape, help="as of bench (4096,2048,131072 and 2,4096,8,128)")
+    aot.add_argument("--soft-cap", type=float, help="soft-cap of the logits (none)")
     aot.set_defaults(run=_aot)
 
     info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
@@ -283,7 +284,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _aot(arguments: argparse.Namespace) -> int:
     from jaxgrad.bench.aot import aot
 
-    return aot(arguments.target, arguments.kernels or None, arguments.shape)
+    return aot(arguments.target, arguments.kernels or None, arguments.shape, arguments.soft_cap)
 
 
 def _info(arguments: argparse.Namespace) -> int:

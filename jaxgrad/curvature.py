@@ -95,19 +95,29 @@ def linear_softmax_cross_entropy_gnvp(
         loss.
 
     Example:
-      Damped Newton steps for the weights of a layer, each by a few conjugate gradients:
+      Logistic regression of scikit-learn's handwritten digits. Five Newton steps, each by at most
+      twenty conjugate gradients, leave 300 steps of gradient descent behind, which are as long as
+      the curvature allows:
 
       >>> import jax.numpy as jnp, jaxgrad
-      >>> x, labels = jnp.eye(3), jnp.array([0, 1, 2])
-      >>> def step(w):
-      ...     loss = lambda w: jaxgrad.linear_softmax_cross_entropy(x, w, labels, reduction="mean")
-      ...     def damped(v):
-      ...         (_, w_bar) = linear_softmax_cross_entropy_gnvp((x, w), (None, v), labels)
-      ...         return w_bar + 1e-2 * v
-      ...     return w - jax.scipy.sparse.linalg.cg(damped, jax.grad(loss)(w), maxiter=5)[0]
-      >>> w = step(step(jnp.zeros((3, 3))))
-      >>> print((x @ w).argmax(-1))
-      [0 1 2]
+      >>> from sklearn.datasets import load_digits
+      >>> x, digits = map(jnp.asarray, load_digits(return_X_y=True))
+      >>> x, decay = x.astype("float32") / 16, 1e-3
+      >>> def objective(w):
+      ...     loss = jaxgrad.linear_softmax_cross_entropy(x, w, digits, reduction="mean")
+      ...     return loss + decay / 2 * (w * w).sum()
+      >>> def newton(w, _):
+      ...     def curved(v):
+      ...         return linear_softmax_cross_entropy_gnvp((x, w), (None, v), digits)[1] + decay * v
+      ...     step, _ = jax.scipy.sparse.linalg.cg(curved, jax.grad(objective)(w), maxiter=20)
+      ...     return w - step, None
+      >>> bound = jnp.linalg.norm(x, 2) ** 2 / (2 * len(x)) + decay
+      >>> def descent(w, _):
+      ...     return w - jax.grad(objective)(w) / bound, None
+      >>> def reached(step, steps):
+      ...     return objective(jax.lax.scan(step, jnp.zeros((64, 10)), length=steps)[0])
+      >>> print(reached(newton, 5) < 0.9 * reached(descent, 300))
+      True
 
     Source:
       Schraudolph, "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent", 2002;

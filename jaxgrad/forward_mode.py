@@ -4,6 +4,9 @@ Same names, arguments and results; the derivatives are the same by hand, given t
 rules, which it transposes where it goes backward (``jaxgrad/modes.py``). Import from here for
 ``jax.jvp``, ``jax.jacfwd``, ``jax.linearize``, and whatever takes them: Gauss-Newton products,
 differential equations, forward over forward.
+
+With ``axis_name`` of a ``vmap``, reverse mode belongs outside of that ``vmap``. Inside, JAX adds up
+the cotangents of all shards, and those of a loss that every shard returns count as often.
 """
 
 import jax as jax

@@ -6,9 +6,10 @@ A row x is held as two numbers per row, its maximum and the *excess* of its sum 
     lse(x) = m + log1p(excess)                 σ_i = e_i / (1 + excess)               (2)
 
 Where one entry wins, S is 1 plus a few tiny terms and S - 1 has no digits left. There the excess is
-summed over the *others*: S < 3/2 proves that exactly one e_i is above 1/2, so
+summed over the *others*. S < 3/2 proves that exactly one e_i is above 1/2; from S = 5/4 on, S - 1
+has lost two bits at most, and is taken as it is:
 
-    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where ½ < S < 3/2                      (3)
+    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where |S - 1| < 1/4                    (3)
 
 An empty row (no entry above -inf) has m = -inf, S = 0, excess = -1: its lse is -inf, its σ 0. Two
 parts of a row, known by (m, excess), merge with h the part of the larger maximum, l the other:
@@ -18,7 +19,7 @@ parts of a row, known by (m, excess), merge with h the part of the larger maximu
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -143,8 +144,8 @@ def narrow(x: Array, like: Array) -> Array:
     return x if x.dtype == like.dtype else x.astype(like.dtype)
 
 
-def apart(*arrays: Array, wide: bool = False) -> tuple[Array, ...]:
-    """The same arrays, for one more consumer of what is computed from them.
+def apart(*arrays: Any, wide: bool = False) -> tuple[Any, ...]:
+    """The same arrays, or trees of them, for one more consumer of what is computed from them.
 
     XLA's CPU backend computes what two consumers share into an array of the size of the logits. If
     they share an exponential that pays, and wide arrays are left alone unless ``wide`` is set; a
@@ -184,7 +185,8 @@ def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) ->
 
     def others() -> Array:  # (3)
         e = jnp.exp(below())
-        return jnp.where(won(excess), (e * lost(e)).sum(axis, keepdims=True), excess)
+        lost = 1 - jnp.floor(e + 0.5)
+        return jnp.where(won(excess), (e * lost).sum(axis, keepdims=True), excess)
 
     return if_any(won(excess), others, lambda: excess) if branches else others()
 
@@ -204,14 +206,9 @@ def if_any(rows: Array, then: Callable[[], Array], otherwise: Callable[[], Array
     )
 
 
-def lost(e: Array) -> Array:
-    """1 for each entry of a row that is not its winner, 0 for one that is: by (3)."""
-    return 1 - jnp.floor(e + 0.5)
-
-
 def won(excess: Array) -> Array:
-    """Whether one entry outweighs all others of its row, twice over."""
-    return jnp.abs(excess) < 0.5
+    """Whether one entry outweighs all others of its row, four times over."""
+    return jnp.abs(excess) < 0.25
 
 
 @custom_vmap

@@ -122,7 +122,11 @@ def scatter(x: Array, axis_name: AxisName, axis: int) -> Array:
 
 
 def psum(tree: Tree, axis_name: AxisName) -> Tree:
-    """The sums over the shards."""
+    """The sums over the shards.
+
+    Transposed inside of a ``vmap``, where no type tells that all shards know a cotangent, this adds
+    up those of all shards, as JAX has it: so many times the cotangent of one.
+    """
     return tree if axis_name is None else lax.psum(tree, axis_name)
 
 

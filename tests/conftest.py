@@ -1,5 +1,7 @@
 """Every test runs under JAX's strict promotion modes, on the device that JAX_PLATFORMS names."""
 
+import functools
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+gc.set_threshold(20_000)  # tracing makes many objects and few cycles
+
+# XLA's CPU compiler emits programs in less than half the time so, and they do the same.
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
 # A first call compiles, which no deadline can tell from a slow function.
 hypothesis.settings.register_profile("jaxgrad", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("jaxgrad")
@@ -27,11 +34,25 @@ def release():
 
 
 @pytest.fixture
-def unoptimised():
-    """Programs as XLA has them before its optimiser: for what holds whatever that does."""
+def hardly_optimised():
+    """Programs as XLA has them before its optimiser."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def unoptimised(hardly_optimised, monkeypatch):
+    """The quick way to compile, too, for what a test jits as a whole: for what holds anyhow."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+
+
+@pytest.fixture
+def quick_environment():
+    """Of a process that is to compile the quick way throughout."""
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    return os.environ | flags | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture

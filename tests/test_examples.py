@@ -13,7 +13,7 @@ EXAMPLES = {
     for title, _, text in (section.partition("\n") for section in SECTIONS)
 }
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimised")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "hardly_optimised")
 
 
 @pytest.mark.parametrize("title", EXAMPLES)

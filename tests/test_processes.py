@@ -1,7 +1,6 @@
 """Kernels on a mesh of several processes, each with one device, that meet over the network."""
 
 import functools
-import os
 import socket
 import subprocess
 import sys
@@ -65,15 +64,13 @@ def take_part(address, processes, process, out):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_give_the_results_of_one_device(x64, unoptimised, tmp_path, processes):
+def test_processes_give_the_results_of_one_device(
+    x64, unoptimised, quick_environment, tmp_path, processes
+):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = quick_environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     out = tmp_path / "found.npz"
     all_of_them = [
         subprocess.Popen(

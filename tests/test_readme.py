@@ -40,7 +40,7 @@ OURS = COMMON | {
     "tanh": jaxgrad.tanh,
 }
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimised")
 
 
 class ListsAreArrays(ast.NodeTransformer):

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from meshes import abstract, close, collectives, mesh_of, sends_in_branches, sent
 
 import jaxgrad
-from jaxgrad import SparseLabels, linear_softmax_cross_entropy
+from jaxgrad import SparseLabels, forward_mode, linear_softmax_cross_entropy
 from jaxgrad.parallel import sharded
 
 T, D, V = 8, 6, 16
@@ -357,6 +357,25 @@ def test_what_plain_jit_sends(kind):
     assert {op for op, _, _ in found} == {"all-reduce"}
     shapes = {shape for _, shapes, _ in found for shape in shapes}
     assert shapes <= {"f32[32]", "f32[32,1]", "pred[]", "f32[]"}
+
+
+@pytest.mark.parametrize("module", [jaxgrad, forward_mode], ids=["default", "forward"])
+def test_sixteen_bits(module):
+    """What keeps wide copies apart must keep what varies over the mesh apart too: traced alone."""
+    x, labels = jnp.zeros((T, V), "bfloat16"), jnp.zeros(T, jnp.int32)
+    integer = functools.partial(module.softmax_cross_entropy_with_integer_labels, labels=labels)
+    cut = P(None, "model")
+    for function, out in (
+        (module.softmax, cut),
+        (module.log_softmax, cut),
+        (functools.partial(module.logsumexp, axis=-1), P()),
+        (lambda x, **over: module.softmax_cross_entropy(x, x, **over), P()),
+        (lambda x, **over: integer(x, **over), P()),
+    ):
+        over = functools.partial(function, axis_name="model")
+        mapped = jax.shard_map(over, mesh=mesh_of(model=8), in_specs=cut, out_specs=out)
+        x_bar = jax.eval_shape(jax.grad(lambda x, f=mapped: f(x).sum().astype(jnp.float32)), x)
+        assert x_bar.dtype == x.dtype
 
 
 def test_attention_inside_shard_map_sums_outside_of_its_branches():

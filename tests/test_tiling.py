@@ -75,3 +75,12 @@ def test_the_derivative_of_a_fold_is_that_of_the_loop():
     np.testing.assert_allclose(
         jnp.diag(jax.hessian(f)(x)), 2 * jnp.cos(2 * x), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("platform, factors", [("cpu", "f32"), ("tpu", "bf16")])
+def test_factors_are_widened_on_a_cpu_and_rounded_elsewhere(platform, factors):
+    a, b = jnp.ones((2, 3), "bfloat16"), jnp.ones((3, 2))
+    dimensions = (((1,), (0,)), ((), ()))
+    product = jax.jit(lambda a, b: tiling.product(a, b, dimensions, "float32"))
+    text = product.trace(a, b).lower(lowering_platforms=(platform,)).as_text()
+    assert f"(tensor<2x3x{factors}>, tensor<3x2x{factors}>) -> tensor<2x2xf32>" in text

@@ -30,7 +30,7 @@ _EVERY: tuple[Implementation, ...] = (
 OTHERS: dict[str, tuple[Implementation, ...]] = {
     "linear_softmax_cross_entropy": _EVERY,
     "linear_log_probs": _EVERY,
-    "dot_product_attention": ("pallas_gpu", "pallas_gpu_interpret"),
+    "dot_product_attention": _EVERY,
 }
 
 
@@ -103,6 +103,11 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
     return Choice(cast(Implementation, implementation), _ASKED)
 
 
+def made_for_here(of: str) -> list[str]:
+    """What a function has besides "xla" that was written for this platform."""
+    return _made_for_here(OTHERS.get(of, ()))
+
+
 def preferred(of: str) -> Choice | None:
     """What was measured to be better than "xla" on this device; None: nothing was."""
     here = (best for (name, at), best in MEASURED.items() if name == of and device().startswith(at))
@@ -133,7 +138,11 @@ def platform() -> str:
 def _why_xla(others):
     if not others:
         return "there is no other"
-    here = [name for name in others if name in DEVICES and DEVICES[name].platform == platform()]
+    here = _made_for_here(others)
     if not here:
         return f"no other runs on {platform()}"
-    return f"no other was measured to be faster; implementation={here[0]!r} tries one"
+    return f"alone in having every derivative; implementation={here[0]!r} may be faster"
+
+
+def _made_for_here(names):
+    return [name for name in names if name in DEVICES and DEVICES[name].platform == platform()]

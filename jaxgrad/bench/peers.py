@@ -79,7 +79,10 @@ def log_probs(x: Array, w: Array, labels: Array) -> Array:
 
 def attention(is_causal: bool) -> dict[str, Callable]:
     """Attention of ``(query, key, value)``."""
-    found = {"jax.nn": functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)}
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
+    found = {"jax.nn": plain}
+    if jax.default_backend() == "gpu":
+        found["jax.nn, cuDNN"] = functools.partial(plain, implementation="cudnn")
     if tokamax := load("tokamax"):
         found["tokamax"] = functools.partial(tokamax.dot_product_attention, is_causal=is_causal)
     return found

@@ -18,6 +18,8 @@ from jaxgrad.bench.torch_peers import Torch
 
 SHORTEST = 1e-3
 """Seconds below which a clock is not trusted: quicker calls are timed many at once."""
+SAME = (512, 8192)
+"""The logits of the program that is raced against itself."""
 
 
 class Case(NamedTuple):
@@ -107,7 +109,7 @@ def middle(times: np.ndarray) -> float:
 
 def noise(seconds: float = 2.0) -> tuple[float, float, float]:
     """The ratio of a program's times to its own: what it is off 1 by is the machine's doing."""
-    x = jax.random.normal(jax.random.key(0, impl="rbg"), (512, 8192))
+    x = jax.random.normal(jax.random.key(0, impl="rbg"), SAME)
     compiled, _ = compile(jax.nn.softmax, (x,))
 
     def call():

@@ -62,7 +62,7 @@ def bench(
     for path in (json, plot):
         report.check_writable(path)
     results: dict[str, Any] = {"rows": [], "memory": [], "peaks": {}, "given_up": {}}
-    results["quick"] = quick
+    results["command"] = _command(kernels, dtypes, shapes, quick)
     results["noise"] = {"same_vs_same": [], "load_average": []}
     start, interrupted = time.perf_counter(), False
     todo = list(_stages(results, chosen, quick, whole=not (kernels or shapes)))
@@ -164,6 +164,12 @@ def measure(case: Case, seconds: float, given_up: Container[str] = ()) -> dict[s
         "contenders": contenders,
         "ratios": {name: list(ratio) for name, ratio in ratios.items()},
     }
+
+
+def _command(kernels, dtypes, shapes, quick) -> str:
+    words = [*(kernels or ()), *(f"--dtype {dtype}" for dtype in dtypes or ())]
+    words += [f"--shape {','.join(map(str, shape))}" for shape in shapes or ()]
+    return " ".join(["python -m jaxgrad bench", *words, *["--quick"] * quick])
 
 
 def _stages(results, chosen, quick, whole) -> Iterator[Stage]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import jaxgrad
+from jaxgrad import backends
 from jaxgrad.bench import peers, torch_peers
 from jaxgrad.bench.measure import DENSE, FUSED, INTEGER
 
@@ -175,7 +176,7 @@ def _of_heads():
             variant,
             family,
             (_features, _head, _labels),
-            {OURS: ours} | beside,
+            {OURS: ours} | beside | _by_name(kernel, ours),
             differentiated=2,
             passes=BOTH[1:],
             is_loss=True,
@@ -185,10 +186,16 @@ def _of_heads():
 def _of_attention():
     for variant, causal in ("", False), ("causal", True):
         ours = functools.partial(jaxgrad.dot_product_attention, is_causal=causal)
-        contenders = {OURS: ours} | peers.attention(causal)
-        yield Subject(
-            "dot_product_attention", variant, HEADS, (_normal,) * 3, contenders, differentiated=3
-        )
+        name = "dot_product_attention"
+        contenders = {OURS: ours} | peers.attention(causal) | _by_name(name, ours)
+        yield Subject(name, variant, HEADS, (_normal,) * 3, contenders, differentiated=3)
+
+
+def _by_name(kernel, ours):
+    """What else of this package could run here, was it asked for."""
+    chosen = backends.choose(kernel).name
+    others = [name for name in ("xla", *backends.made_for_here(kernel)) if name != chosen]
+    return {f"{OURS}, {name}": functools.partial(ours, implementation=name) for name in others}
 
 
 def _normal(key, shape, dtype):

@@ -91,9 +91,11 @@ def dot_product_attention(
         as it was measured to be faster there, with "xla" for what it lacks; else "xla". By name:
         "xla", any device and all that is described here; "pallas_gpu", kernels for GPU by way of
         Triton (a part of JAX that is deprecated since 0.11, where it works), for heads of at most
-        256, without derivatives to bias, scale and soft-cap, and without second ones;
-        "pallas_gpu_interpret", the same on any device, slowly. What is named runs, or an error
-        tells why not. :func:`jax.export` does not serialize kernels: name "xla" there.
+        256; "pallas_tpu", kernels for TPU, for no bias and no mask, compiled for it and never run
+        on one; "pallas_gpu_interpret" and "pallas_interpret", the same two on any device, slowly.
+        The kernels lack derivatives to bias, scale and soft-cap, and second ones. What is named
+        runs, or an error tells why not. :func:`jax.export` does not serialize kernels: name "xla"
+        there.
       return_residual: Whether to return the log-sum-exp of the logits too.
       logits_soft_cap: c above, ``float[]`` above 0. It may be traced and has a gradient.
       segment_ids: ``int[B, T]``, or a pair of ``int[B, T]`` and ``int[B, S]``: a query sees the
@@ -197,7 +199,7 @@ def _forward(band, q, k, v, terms, masks):
                 m = lax.stop_gradient(numerics.row_max(z, -1))  # any shift gives the same p
                 e = jnp.exp(numerics.below_max(z, m))
                 excess = e.sum(-1, keepdims=True) - 1
-                o = dot(numerics.narrow(e, like=v), v_) * numerics.inverse_sum(excess)  # (1)
+                o = dot(e, v_) * numerics.inverse_sum(excess)  # (1)
                 return merge(part, Part(o, m, excess))
 
             _, start = sharding.lift((q, nothing(q_, v)))
@@ -242,10 +244,10 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
                 k_, v_ = at.keys(k), at.keys(v)
                 z, u = logits(band, q_, k_, terms, masks, at)
                 p = jnp.exp(numerics.below_max(z, m_)) * over_sum
-                v_bar = at.add_keys(v_bar, dot_rows(numerics.narrow(p, like=v), o_bar_))  # (3)
+                v_bar = at.add_keys(v_bar, dot_rows(p, o_bar_))  # (3)
                 z_bar = p * (dot_heads(o_bar_, v_) - mean_)  # (2)
                 terms_bar = _with_tile(terms_bar, z_bar, u, at)
-                z_bar = numerics.narrow(z_bar if u is None else z_bar * sech2(u), like=q)  # (4)
+                z_bar = z_bar if u is None else z_bar * sech2(u)  # (4)
                 k_bar = at.add_keys(k_bar, dot_rows(z_bar, q_))  # (3)
                 return q_bar + dot(z_bar, k_), k_bar, v_bar, terms_bar
 

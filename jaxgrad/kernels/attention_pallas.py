@@ -38,7 +38,7 @@ class Entry(NamedTuple):
     slope: Callable[[Array], Array]  # of u, what z̄ is multiplied by where there is a soft-cap
 
 
-def _logits(products: Array, terms: Terms, where: Array | None) -> tuple[Array, Array | None]:
+def _logits(products: Array, terms: Any, where: Array | None) -> tuple[Array, Array | None]:
     """z and u from ⟨q, k⟩, the terms of the tile, and which entries are visible."""
     return attention_products.of_scaled(products * terms.scale, terms, where)
 
@@ -118,9 +118,11 @@ def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..
 
 
 def _backend(name) -> tuple[Any, bool]:
-    from jaxgrad.backends.pallas_gpu import attention as pallas_gpu
-
-    return pallas_gpu, name.endswith("interpret")
+    if name.startswith("pallas_gpu"):
+        from jaxgrad.backends.pallas_gpu import attention as backend
+    else:
+        from jaxgrad.backends.pallas_tpu import attention as backend
+    return backend, name.endswith("interpret")
 
 
 def _instead(runs, kernel, loops):

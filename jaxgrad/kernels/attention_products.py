@@ -3,9 +3,9 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from jaxgrad import numerics
+from jaxgrad import numerics, tiling
 from jaxgrad.kernels.attention_tiles import Band, Masks, Tile
 
 
@@ -50,6 +50,4 @@ def dot_rows(a: Array, b: Array) -> Array:
 
 
 def _product(a, b, over_a, over_b):
-    return lax.dot_general(
-        a, b, ((over_a, over_b), ((0, 1), (0, 1))), preferred_element_type=numerics.widen(a).dtype
-    )
+    return tiling.product(a, b, ((over_a, over_b), ((0, 1), (0, 1))), numerics.widen(a).dtype)

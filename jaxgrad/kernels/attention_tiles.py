@@ -17,10 +17,27 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgrad import tiling
+from jaxgrad import backends, tiling
 
-SIDE = 512  # of a tile: its products run at full speed, and it stays in a cache
 NARROWEST = 128  # block of queries, where a window shows few keys to each
+
+
+class Room(NamedTuple):
+    """The largest tile."""
+
+    queries: int
+    keys: int  # where none are hidden: nothing to merge, up to so many
+    band_keys: int  # where whole tiles may be hidden: the narrower, the more of them are
+    area: int  # of all its heads together
+
+
+CPU = Room(queries=256, keys=2048, band_keys=512, area=2**18)  # stays in a cache
+GPU = Room(queries=1024, keys=1024, band_keys=1024, area=2**25)  # a smaller one leaves it idle
+
+
+def room() -> Room:
+    """That of the platform: measured on a CPU and a GPU, taken for any other from a CPU."""
+    return GPU if backends.platform() == "gpu" else CPU
 
 
 class Band(NamedTuple):
@@ -130,10 +147,10 @@ class Plan:
         self.batch, self.heads, self.group, self.queries, _ = q.shape
         self.keys, self.band = k.shape[3], band
         self.rows, self.width, self.columns = lengths(self.queries, self.keys, self.group, band)
-        room = SIDE**2 // max(1, self.group * self.rows * self.columns)
-        self.heads_step = _divisor(self.heads, room)
+        most = room().area // max(1, self.group * self.rows * self.columns)
+        self.heads_step = _divisor(self.heads, most)
         whole = self.heads_step == self.heads
-        self.batch_step = _divisor(self.batch, room // max(1, self.heads)) if whole else 1
+        self.batch_step = _divisor(self.batch, most // max(1, self.heads)) if whole else 1
 
     def over_heads(self, body: Callable, carry: Any, *arrays: Array) -> tuple[Any, Any]:
         """Scan ``body(carry, ((batch, head), *arrays))`` over the heads, a few at a time."""
@@ -178,14 +195,16 @@ class Plan:
 
 def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, int]:
     """How many queries make a block, how many keys it goes through, how many of them at a time."""
-    rows, width = SIDE // group, keys
+    most = room()
+    rows, width = most.queries // group, keys
     if band.left is not None and band.right is not None:
         window = max(band.left + band.right, 0)
         rows = min(rows, max(window, NARROWEST))
     rows = tiling.even(queries, max(1, rows), 8)
     if band.left is not None and band.right is not None:
         width = min(max(rows + band.left + band.right, 0), keys)
-    return rows, width, tiling.even(width, SIDE, 8)
+    hides = (band.left is None) != (band.right is None)
+    return rows, width, tiling.even(width, most.band_keys if hides else most.keys, 8)
 
 
 def first_key(first: Any, width: int, keys: int, band: Band) -> Any:

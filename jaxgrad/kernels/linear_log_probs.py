@@ -187,7 +187,7 @@ def _jit(
     plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
     if mode == "forward":
         plan, head = linear_fsdp.whole(plan, head)
-    schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
+    schedules = modes.of(mode, linear_schedules, linear_tangents)
     rows: Any = schedules.per_token(plan, head, tokens, rule)
     log_p = -rows.loss.reshape(lead)
     return (log_p, rows.entropy.reshape(lead)) if return_entropy else log_p

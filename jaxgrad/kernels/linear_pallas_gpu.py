@@ -37,7 +37,7 @@ def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
         return linear_tile.nothing(plan, tokens._replace(x=jnp.zeros((size, 1))), rule)
 
     def body(so_far, x, labels, rule, column, where):
-        some = Tokens(None, labels, where)
+        some = tokens._replace(labels=labels, where=where)
         part = linear_tile.measure(plan, some, rule, x, column)
         return linear_rows.merge(rule, so_far, part)
 
@@ -69,6 +69,9 @@ def pull_back(
     dtype = linear_tile.bar_dtype(plan, tokens.x)
     operands = loops.Operands(tokens.x, *head, (tokens.labels, part, row_bars), rule)
 
+    plain = rule.soft_cap is None and row_bars[2] is None
+    name = "bars" if plain else "heavy bars"
+
     def body(x, rows, rule, column, where):
         labels, part, row_bars = rows
         t = linear_tile.targets(plan, labels, column, x.shape[1])
@@ -84,6 +87,7 @@ def pull_back(
         x_bar, bias_bar = loops.bars(
             _product(plan),
             body,
+            name,
             operands._replace(w=some.w, bias=some.bias, rows=rows),
             dtype,
             wanted.bias is not None,
@@ -98,13 +102,13 @@ def pull_back(
         if wanted.w is not None:
             corner = linear_tile.along(plan, first)
             new = new._replace(w=tiling.put(bars.w, new.w, *corner))
-        if wanted.bias is not None:
+        if bias_bar is not None:
             new = new._replace(bias=tiling.put(bars.bias, bias_bar, first))
         return new, ()
 
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
     zero = zero._replace(w=linear_bars.cast(zero.w, wanted.w))
-    multiple = tiles.plan("bars", operands, plan.vocab_axis, plan.tile).classes
+    multiple = tiles.plan(name, operands, plan.vocab_axis, plan.tile).classes
     limit = tiles.block(len(tokens.x), dtype.itemsize, multiple)
     return tiling.fold(block, zero, plan.v, tiling.even(plan.v, limit, multiple))[0]
 

@@ -19,6 +19,7 @@ Where a device holds some features of w alone, the loops of ``per_token`` are in
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgrad import sharding, tiling
+from jaxgrad import modes, sharding, tiling
 from jaxgrad.kernels import (
     linear_bars,
     linear_fsdp,
@@ -46,6 +47,23 @@ from jaxgrad.kernels.row_rule import Part, Rule
 BLOCKS = 4
 
 
+def _in_halves(schedule: Callable) -> Callable:
+    """``schedule``, at the same memory where it is differentiated: by tiles half as large."""
+    op = functools.partial(jax.custom_jvp, nondiff_argnums=(0,))(schedule)
+
+    @functools.partial(op.defjvp, symbolic_zeros=True)
+    def _(plan, primals, tangents):
+        return modes.push(functools.partial(schedule, halved(plan)), primals, tangents)
+
+    return op
+
+
+def halved(plan: Plan) -> Plan:
+    """``plan`` with half the tokens a tile, where each tile comes with its tangents."""
+    tokens, classes = plan.tile
+    return plan._replace(tile=(max(tokens // 2, 1), classes))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def per_token(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Rows:
     """Rows of all tokens; loss, lse and entropy have a gradient."""
@@ -57,7 +75,11 @@ def _forward(plan, head, tokens, rule):
     if (loops := _other_loops(plan)) is not None:
         sums = loops.stream(plan, head, tokens, rule)
         return linear_rows.finish(plan, tokens, rule, *sums)
+    return _rows(plan, head, tokens, rule)
 
+
+@_in_halves
+def _rows(plan, head, tokens, rule):
     def chunk(carry, row, size, _):
         some = tiling.rows(tokens, row, size)
         part, best, _ = _stream(plan, head, some, rule)
@@ -97,6 +119,7 @@ def _other_loops(plan: Plan) -> Any:
     return None if plan.fsdp_axis is None else linear_fsdp
 
 
+@_in_halves
 def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
 
@@ -137,9 +160,13 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     bars = zero._replace(
         w=linear_bars.cast(zero.w, wanted.w), bias=linear_bars.cast(zero.bias, wanted.bias)
     )
-    rounds = wanted.w is not None and wanted.w != plan.accumulate
-    size = tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
-    return tiling.fold(block, bars, plan.v, size)[0]
+    return tiling.fold(block, bars, plan.v, block_size(plan, wanted.w))[0]
+
+
+def block_size(plan: Plan, w_dtype: Any) -> int:
+    """How many classes of w̄, if one is wanted, are summed before they are rounded."""
+    rounds = w_dtype is not None and w_dtype != plan.accumulate
+    return tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -237,7 +237,7 @@ def _jit(
     plan = linear_pallas.implemented(of, plan, head, tokens, mode, implementation, chunk_size)
     if mode == "forward":
         plan, head = linear_fsdp.whole(plan, head)
-    schedules = modes.of(mode, linear_schedules, linear_tangents, axis_name)
+    schedules = modes.of(mode, linear_schedules, linear_tangents)
     weights = None if weights is None else linear_arguments.as_weights(of, weights, lead, plan)
     if reduction is None:
         rows: Any = schedules.per_token(plan, head, tokens, rule)

@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jaxgrad import modes, tiling
+from jaxgrad import modes, sharding, tiling
 from jaxgrad.kernels import linear_rows, linear_schedules, linear_tile, row_tangent
 from jaxgrad.kernels.linear_rows import Rows
 from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
@@ -33,41 +33,49 @@ def _per_token_fwd(plan, head, tokens, rule):
 
 
 def _per_token_jvp(plan, residuals, head_dot, tokens_dot, rule_dot):
-    head, tokens, rule, part = residuals
+    plan, (head, tokens, rule, part) = linear_schedules.halved(plan), residuals
     clean = linear_schedules._without_ignored(plan, tokens)
-    head_dot, tokens_dot = jax.tree.map(  # the transpose sums over tiles in this dtype
-        lambda z: z.astype(plan.accumulate), (head_dot, tokens_dot)
-    )
+    widened = functools.partial(jax.tree.map, lambda z: z.astype(plan.accumulate))
+    tokens_dot = widened(tokens_dot)  # the transpose sums over tiles in this dtype
     units = _units(plan, tokens.labels)
+    of_rows = (rule, part, units, rule_dot)
+    rule_, part_, units_, rule_dot_ = sharding.lift(of_rows, plan.axis_name)
 
-    def classes(rows_dot, column, width, _):
-        take = functools.partial(tiling.take, start=column, size=width)
-        columns_dot: Any = (
-            head_dot.w if head_dot.w is None else take(head_dot.w, axis=plan.vocab_axis),
-            head_dot.bias if head_dot.bias is None else take(head_dot.bias, axis=0),
-        )
-        columns_dot = Head(*columns_dot)
+    def block(rows_dot, first, size, _):
+        block_dot = widened(_columns_dot(plan, head_dot, first, size))
+        classes = functools.partial(tile, block_dot, first)
+        return tiling.fold(classes, rows_dot, size, plan.tile[1])[0], ()
+
+    def tile(block_dot, first, rows_dot, column, width, _):
+        columns_dot, column = _columns_dot(plan, block_dot, column, width), first + column
 
         def chunk(_, row, size, __):
-            some, some_dot, part_, units_ = tiling.rows((clean, tokens_dot, part, units), row, size)
+            some, some_dot, some_part, some_units = tiling.rows(
+                (clean, tokens_dot, part_, units_), row, size
+            )
             x = linear_tile.logits(plan, head, some.x, column, width)
             x_dot = _logits_dot(plan, head, columns_dot, some.x, some_dot.x, column, width)
-            t = linear_tile.targets(plan, some.labels, column, width)
-            t_dot = _targets_dot(plan, some.labels, some_dot.labels, column, width)
+            labels = linear_tile._own(some)
+            t = linear_tile.targets(plan, labels, column, width)
+            t_dot = _targets_dot(plan, labels, some_dot.labels, column, width)
             where = linear_tile._columns(some.where, column, width)
-            tile = (rule, x, t, where, part_)
-            dots = (x_dot, t_dot, rule_dot)
-            return (), [row_tangent.of_classes(*tile, unit, *dots) for unit in units_]
+            given, dots = (rule_, x, t, where, some_part), (x_dot, t_dot, rule_dot_)
+            return (), [row_tangent.of_classes(*given, unit, *dots) for unit in some_units]
 
         _, more = tiling.fold_overlapping(chunk, (), len(tokens.x), plan.tile[0])
         return jax.tree.map(jnp.add, rows_dot, more), ()
 
-    zero = jnp.zeros_like(part.top)
-    rows_dot = [zero + row_tangent.of_rows(rule, part, unit, rule_dot) for unit in units]
-    (loss, *aux), _ = tiling.fold(classes, rows_dot, plan.v, plan.tile[1])
+    zero = jnp.zeros_like(part_.top)
+    size = linear_schedules.block_size(plan, None if head_dot.w is None else head_dot.w.dtype)
+    (loss, *aux), _ = tiling.fold(block, [zero for _ in units], plan.v, size)
     _, unknown = linear_tile.row_state(plan, tokens.labels)
     if unknown is not None and tokens_dot.x is not None:  # NaN in its row of h̄, and there alone
         loss += jnp.where(unknown, jnp.nan, 0) * tokens_dot.x.astype(plan.wide).sum(1)[:, None]
+    of_classes = sharding.psum((loss, *aux), plan.axis_name)
+    loss, *aux = (
+        z + row_tangent.of_rows(rule, part, unit, rule_dot)
+        for z, unit in zip(of_classes, units, strict=True)
+    )
     none: Any = None
     lse, entropy = aux or (none, none)
     return Rows(loss, lse, entropy, none)
@@ -83,6 +91,14 @@ def _units(plan: Plan, labels: Labels) -> list[tuple[Any, ...]]:
     if plan.entropy:
         units += [(None, one, None), (None, None, one)]
     return [linear_rows.row_bars(plan, labels, *unit) for unit in units]
+
+
+def _columns_dot(plan, head_dot, start, size) -> Head:
+    def take(z, axis):  # not that of tiling, whose barrier JAX does not transpose
+        return None if z is None else lax.dynamic_slice_in_dim(z, start, size, axis)
+
+    w_dot: Any = take(head_dot.w, plan.vocab_axis)
+    return Head(w_dot, take(head_dot.bias, 0))
 
 
 def _logits_dot(plan, head, head_dot, x, x_dot, column, width) -> Array | None:  # (1)
@@ -124,6 +140,11 @@ def _(plan, primals, tangents):  # (3)
     def product(dot, bar):
         return 0 if dot is None else (bar.astype(plan.wide) * dot.astype(plan.wide)).sum()
 
-    products = jax.tree.map(product, (dots, scale_dot), (bars, losses), is_leaf=modes.is_none)
+    def products(dots, bars):
+        return sum(jax.tree.leaves(jax.tree.map(product, dots, bars, is_leaf=modes.is_none)))
+
+    of_classes = products(dots._replace(rule=None), bars._replace(rule=None))
+    loss_dot = sharding.psum(of_classes, plan.axis_name)
+    loss_dot += products((dots.rule, scale_dot), (bars.rule, losses))
     none = jax.tree.map(lambda _: None, out[1])
-    return out, modes.instantiated((sum(jax.tree.leaves(products)), none), out)
+    return out, modes.instantiated((loss_dot, none), out)

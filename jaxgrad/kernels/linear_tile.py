@@ -240,14 +240,14 @@ def pull_back(
 
 def add_products(plan, wanted, bars, head, x, x_bar, start, x_at, w_at) -> Bars:
     """``bars`` with the products of (2) added, for the classes of ``x_bar`` from ``start`` on."""
-    x_bar = x_bar.astype(bar_dtype(plan, x))
+    dtype = bar_dtype(plan, x)
     if wanted.x is not None:
         w = _classes(plan, head.w, start, x_bar.shape[1])
-        h_bar = _dot(plan, x_bar, 1, w, plan.vocab_axis)
+        h_bar = _dot(plan, x_bar, 1, w, plan.vocab_axis, rounds=dtype == w.dtype)
         bars = bars._replace(x=tiling.add(bars.x, h_bar, x_at, 0))
     if wanted.w is not None:
         pair = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
-        w_bar = _dot(plan, pair[0], 0, pair[1], 0)
+        w_bar = _dot(plan, pair[0], 0, pair[1], 0, rounds=dtype == x.dtype)
         bars = bars._replace(w=tiling.add(bars.w, w_bar, *along(plan, w_at)))
     return bars
 
@@ -285,9 +285,10 @@ def _entries(labels, start, size):  # where the k classes stand in a tile; ``siz
     return jnp.where(inside, labels.indices - start, size), inside
 
 
-def _dot(plan, a, a_axis, b, b_axis):
-    """A product of tiles, contracted over one axis of each."""
-    if a.dtype != b.dtype:
+def _dot(plan, a, a_axis, b, b_axis, rounds=False):
+    """A product of tiles, contracted over one axis of each; ``rounds``: a wide one may be."""
+    if a.dtype != b.dtype and not rounds:
         a, b = a.astype(plan.wide), b.astype(plan.wide)
     axes = ((a_axis,), (b_axis,)), ((), ())
-    return lax.dot_general(a, b, axes, precision=plan.precision, preferred_element_type=plan.wide)
+    branches = plan.implementation == "xla"
+    return tiling.product(a, b, axes, plan.wide, plan.precision, branches)

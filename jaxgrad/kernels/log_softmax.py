@@ -81,7 +81,7 @@ def _log_softmax_jit(mode, x, axis, where, axis_name):
     where = numerics.as_mask(where, x, of="log_softmax")
     axes = numerics.as_axes(axis, x, of="log_softmax")
     sharding.check("log_softmax", axis_name, cut={"x": x})
-    log_softmax = modes.of(mode, _log_softmax, _log_softmax_twin, axis_name)
+    log_softmax = modes.of(mode, _log_softmax, _log_softmax_twin)
     return log_softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
@@ -116,12 +116,12 @@ def _bwd(axis, axis_name, residuals, y_bar):
     total = numerics.widen(y_bar).sum(axis, keepdims=True)
 
     def total_of_others():
-        lost = numerics.lost(jnp.exp(numerics.below_max(x, m)))
+        lost = jnp.sign(-numerics.below_max(x, m))  # 0 for the winner, else 1
         return (numerics.widen(y_bar) * lost).sum(axis, keepdims=True)
 
     others = numerics.if_any(won, total_of_others, lambda: total)
     total, others = sharding.psum((total, others), axis_name)
-    x, m, y_bar, total = numerics.apart(x, m, y_bar, total)
+    x, m, y_bar, total = numerics.apart(*sharding.lift((x, m, y_bar, total)))
     e, y_bar_ = jnp.exp(numerics.below_max(x, m)), numerics.widen(y_bar)
     winner = y_bar_ * ((excess + (1 - e)) * inverse) - e * (inverse * others)  # (4)
     x_bar = jnp.where(e > jnp.where(won, 0.5, 2), winner, y_bar_ - e * (inverse * total))  # (3)
@@ -131,22 +131,26 @@ def _bwd(axis, axis_name, residuals, y_bar):
 _log_softmax.defvjp(_fwd, _bwd)
 
 
-def _jvp(axis, _, residuals, x_dot, __):  # (5)
-    x, where, m, excess = residuals
-    x_dot = numerics.masked(x_dot, where, 0)
+def _jvp(axis, axis_name, residuals, x_dot, _):  # (5)
+    x, where, *row = residuals
+    m, excess = sharding.lift(row, axis_name)
+    x_dot_ = numerics.widen(numerics.masked(x_dot, where, 0))
+    x_, m_, _ = numerics.apart(x, m, excess, wide=True)
+    e = jnp.exp(numerics.below_max(numerics.masked(x_, where), m_))
+    wins = e > jnp.where(numerics.won(excess), 0.5, 2)
+    rest = (jnp.where(wins, -excess, e) * x_dot_).sum(axis, keepdims=True)
+    # After it, so that the transpose takes it off ȳ before.
+    winner = jnp.where(wins, x_dot_, 0).sum(axis, keepdims=True)
+    winner, rest = sharding.psum((winner, rest), axis_name)
 
-    def total(weigh):
-        (x_, m_), (x_dot_,) = numerics.apart(x, m, wide=True), numerics.apart(x_dot)
-        e = jnp.exp(numerics.below_max(numerics.masked(x_, where), m_))
-        wins = e > jnp.where(numerics.won(excess), 0.5, 2)
-        return weigh(wins, e, numerics.widen(x_dot_)).sum(axis, keepdims=True)
+    def spread(row):
+        return numerics.narrow(jnp.broadcast_to(-row, x.shape), like=x)
 
-    rest = total(lambda wins, e, x_dot_: jnp.where(wins, -excess, e) * x_dot_)
-    # Last, so that the transpose takes it off ȳ first.
-    winner = total(lambda wins, e, x_dot_: jnp.where(wins, x_dot_, 0))
-    y_dot = (numerics.widen(x_dot) - winner) - rest * numerics.inverse_sum(excess)
-    y_dot = numerics.masked(jnp.where(excess == -1, 0, y_dot), where, 0)
-    return numerics.narrow(y_dot, like=x)
+    # Apart, so that the transpose sums ȳ without a wide copy of it.
+    rows = sharding.lift((winner, rest * numerics.inverse_sum(excess)), axis_name)
+    winner, rest = numerics.apart(*map(spread, rows))
+    own = numerics.narrow(jnp.where(excess == -1, 0, x_dot_), like=x)
+    return numerics.masked((own + winner) + rest, where, 0)
 
 
 _log_softmax_twin = modes.custom_jvp(_fwd, _jvp, static=2)

@@ -124,11 +124,11 @@ def _logsumexp_jit(mode, a, axis, b, keepdims, return_sign, where, axis_name):
     where = numerics.as_mask(where, a, of="logsumexp", name="a")
     axes = numerics.as_axes(axis, a, of="logsumexp", name="a")
     if b is None:
-        logsumexp = modes.of(mode, _logsumexp, _logsumexp_twin, axis_name)
+        logsumexp = modes.of(mode, _logsumexp, _logsumexp_twin)
         lse = logsumexp(axes, axis_name, *sharding.lift((a, where), axis_name))
         sign = jnp.where(jnp.isnan(lse), lse, (lse > -jnp.inf).astype(lse.dtype))
     else:
-        scaled = modes.of(mode, _scaled, _scaled_twin, axis_name)
+        scaled = modes.of(mode, _scaled, _scaled_twin)
         lse, sign = scaled(axes, axis_name, *sharding.lift((a, b, where), axis_name))
         if not return_sign:
             lse = jnp.where(sign < 0, jnp.nan, lse)
@@ -183,10 +183,10 @@ def _bwd(axis, axis_name, residuals, lse_bar):
 _logsumexp.defvjp(_fwd, _bwd)
 
 
-def _jvp(axis, _, residuals, a_dot, __):  # (6)
+def _jvp(axis, axis_name, residuals, a_dot, _):  # (6)
     a_dot_ = numerics.widen(numerics.masked(a_dot, residuals[1], 0))
     lse_dot = (a_dot_ * _share(residuals)).sum(axis, keepdims=True)
-    return numerics.narrow(lse_dot, like=a_dot)
+    return numerics.narrow(sharding.psum(lse_dot, axis_name), like=a_dot)
 
 
 _logsumexp_twin = modes.custom_jvp(_fwd, _jvp, static=2)
@@ -229,7 +229,7 @@ def _scaled_bwd(axis, axis_name, residuals, cotangents):
 _scaled.defvjp(_scaled_fwd, _scaled_bwd)
 
 
-def _scaled_jvp(axis, _, residuals, a_dot, b_dot, __):  # (6)
+def _scaled_jvp(axis, axis_name, residuals, a_dot, b_dot, _):  # (6)
     a, b, where, *_ = residuals
     share = _scaled_share(residuals)
 
@@ -240,7 +240,7 @@ def _scaled_jvp(axis, _, residuals, a_dot, b_dot, __):  # (6)
     lse_dot: Any = 0 if b_dot is None else total(b_dot, share)
     if a_dot is not None:
         lse_dot += total(a_dot, numerics.safe_multiply(numerics.widen(b), share))
-    return numerics.narrow(lse_dot, like=a), None
+    return numerics.narrow(sharding.psum(lse_dot, axis_name), like=a), None
 
 
 _scaled_twin = modes.custom_jvp(_scaled_fwd, _scaled_jvp, static=2)

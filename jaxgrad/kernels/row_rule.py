@@ -91,16 +91,17 @@ def measure(
     x = numerics.masked(x, where, 0)
 
     def d() -> Array:
-        x_, top_ = (x, top) if in_kernel else numerics.apart(x, top, wide=True)
-        return below(rule, x_, top_, where)
+        rows = x, top, rule
+        x_, top_, rule_ = rows if in_kernel else numerics.apart(*rows, wide=True)
+        return below(rule_, x_, top_, where)  # of a rule shared, a scalar would be spread out
 
     part = Part(top, numerics.row_excess(d, axis, branches=not in_kernel))
     if t is not None:
         t = numerics.masked(numerics.widen(t), where, 0)
 
         def gap(multiply: Callable[..., Array]) -> Array:
-            x_, top_, t_ = numerics.apart(x, top, t, wide=True)
-            return multiply(t_, -below(rule, x_, top_, where)).sum(axis, keepdims=True)
+            x_, top_, t_, rule_ = numerics.apart(x, top, t, rule, wide=True)
+            return multiply(t_, -below(rule_, x_, top_, where)).sum(axis, keepdims=True)
 
         plain = gap(operator.mul)
         safe = lambda: gap(numerics.safe_multiply)

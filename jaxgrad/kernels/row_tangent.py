@@ -10,7 +10,7 @@ from typing import Any
 
 from jax import Array
 
-from jaxgrad import numerics
+from jaxgrad import numerics, sharding
 from jaxgrad.kernels import row_rule
 from jaxgrad.kernels.row_rule import Part, Rule
 
@@ -44,10 +44,11 @@ def of_rows(rule: Rule, part: Part, bars: tuple[Any, ...], rule_dot: Rule) -> An
     return _dot(row_rule.rows_to_rule(rule, part, *bars[:2]), rule_dot)
 
 
-def of_whole(rule: Rule, *row: Any) -> Array:
-    """(1) of rows that come whole; the arguments of :func:`of_classes`."""
+def of_whole(axis_name: sharding.AxisName, rule: Rule, *row: Any) -> Array:
+    """(1) of rows that come whole, or cut over shards; the arguments of :func:`of_classes`."""
     _, _, _, part, bars, _, _, rule_dot = row
-    return of_classes(rule, *row) + of_rows(rule, part, bars, rule_dot)
+    of_all = sharding.psum(of_classes(rule, *row), axis_name)
+    return of_all + of_rows(rule, part, bars, rule_dot)
 
 
 def _total(bar, dot, where, part):

@@ -85,7 +85,7 @@ def _softmax_jit(mode, x, axis, where, axis_name):
     where = numerics.as_mask(where, x, of="softmax")
     axes = numerics.as_axes(axis, x, of="softmax")
     sharding.check("softmax", axis_name, cut={"x": x})
-    softmax = modes.of(mode, _softmax, _softmax_twin, axis_name)
+    softmax = modes.of(mode, _softmax, _softmax_twin)
     return softmax(axes, axis_name, *sharding.lift((x, where), axis_name))
 
 
@@ -133,8 +133,8 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Array:
 
     .. math:: J = \operatorname{diag}(y) - y y^\top
 
-    J is symmetric and its rows sum to 0: the diagonal is computed as minus the sum of the others,
-    which keeps its digits where :math:`1 - y_i` would cancel. To multiply by J use
+    J is symmetric and its rows sum to 0: the diagonal is y times the sum of all other y, which
+    keeps its digits where :math:`1 - y_i` would cancel. To multiply by J use
     :func:`softmax_vjp`, which never forms it.
 
     Args:
@@ -156,10 +156,10 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Array:
     x = numerics.as_float(x, of="softmax_jacobian")
     (axis,) = numerics.as_axes(axis, x, of="softmax_jacobian")
     y = jnp.moveaxis(_forward((axis,), None, numerics.widen(x), None)[0], axis, -1)
-    others = ~jnp.eye(y.shape[-1], dtype=bool)
-    products = jnp.where(others, y[..., :, None] * y[..., None, :], 0)
-    diagonal = jnp.where(others, 0, products.sum(-1)[..., None])
-    return numerics.narrow(diagonal - products, like=x)  # (2)
+    same = jnp.eye(y.shape[-1], dtype=bool)
+    others = jnp.matmul(y, 1 - same.astype(y.dtype), precision="highest")
+    jacobian = jnp.where(same, (y * others)[..., None], -y[..., :, None] * y[..., None, :])  # (2)
+    return numerics.narrow(jacobian, like=x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -172,7 +172,8 @@ def _softmax(
 def _forward(axis, axis_name, x, where):  # (1)
     x = numerics.masked(x, where)
     m = sharding.pmax(numerics.row_max(x, axis), axis_name)
-    s = jnp.exp(numerics.below_max(*numerics.apart(x, m))).sum(axis, keepdims=True)
+    below = numerics.below_max(*numerics.apart(*sharding.lift((x, m))))
+    s = jnp.exp(below).sum(axis, keepdims=True)
     s = sharding.psum(s, axis_name)
     return numerics.narrow(_share(x, m, s), like=x), m, s
 
@@ -191,7 +192,7 @@ def _bwd(axis, axis_name, residuals, y_bar):
     y_bar = numerics.masked(y_bar, where, 0)
 
     def operands(*rows):
-        y_bar_, *again = numerics.apart(y_bar, *kept, *rows)
+        y_bar_, *again = numerics.apart(*sharding.lift((y_bar, *kept, *rows)))
         if numerics.is_wide(y_bar):
             return again[0], y_bar_
         x, m, s = again[:3]
@@ -217,18 +218,21 @@ def _vjp(  # (4)
 _softmax.defvjp(_fwd, _bwd)
 
 
-def _jvp(axis, _, residuals, x_dot, __):  # (5)
+def _jvp(axis, axis_name, residuals, x_dot, _):  # (5)
     kept, where = residuals
 
     def y():
         if numerics.is_wide(x_dot):
             return kept[0]
-        x, m, s = numerics.apart(*kept)
+        x, m, s = numerics.apart(*sharding.lift(kept))
         return _share(numerics.masked(x, where), m, s)
 
+    def total(u):
+        return sharding.psum(u.sum(axis, keepdims=True), axis_name)
+
     u = y() * numerics.widen(numerics.masked(x_dot, where, 0))
-    t = u - y() * u.sum(axis, keepdims=True)
-    return numerics.narrow(t - y() * t.sum(axis, keepdims=True), like=x_dot)
+    t = u - y() * total(u)
+    return numerics.narrow(t - y() * total(t), like=x_dot)
 
 
 _softmax_twin = modes.custom_jvp(_fwd, _jvp, static=2)

@@ -98,7 +98,7 @@ def _dense_jit(mode, logits, labels, axis, where, rule, axis_name):
     where = numerics.as_row_mask(where, x, axes, of, "logits")
     rule = as_scalars(rule, numerics.widen(x).dtype, of)
     sharding.check(of, axis_name, cut={"logits": x, "labels": t})
-    dense = modes.of(mode, _dense, _dense_twin, axis_name)
+    dense = modes.of(mode, _dense, _dense_twin)
     return dense(axes, axis_name, *lifted((x, t, where, rule), axis_name)).squeeze(axes)
 
 
@@ -140,10 +140,11 @@ def _dense_bwd(axis, axis_name, residuals, loss_bar):
 _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
-def _dense_jvp(axis, _, residuals, x_dot, t_dot, __, rule_dot):
+def _dense_jvp(_, axis_name, residuals, x_dot, t_dot, __, rule_dot):
     x, t, where, rule, part = residuals
     bars = (jnp.ones_like(part.top),)
-    return row_tangent.of_whole(rule, x, t, where, part, bars, x_dot, t_dot, rule_dot)
+    dots = (x_dot, t_dot, rule_dot)
+    return row_tangent.of_whole(axis_name, rule, x, t, where, part, bars, *dots)
 
 
 _dense_twin = modes.custom_jvp(_dense_fwd, _dense_jvp, static=2)

@@ -111,7 +111,7 @@ def _integer_jit(mode, logits, labels, where, rule, axis, ignore_index, axis_nam
     labels = jnp.expand_dims(jnp.broadcast_to(labels, rows), along)
     sharding.check(OF, axis_name, cut={"logits": x}, whole={"labels": labels})
     rule = as_scalars(rule, numerics.widen(x).dtype, OF)
-    integer = modes.of(mode, _integer, _integer_twin, axis_name)
+    integer = modes.of(mode, _integer, _integer_twin)
     arrays = lifted((x, labels, where, rule), axis_name)
     return integer(along, ignore_index, axis_name, *arrays).squeeze(along)
 
@@ -204,11 +204,12 @@ def _unless_ignored(value, labels, ignore_index):
 _integer.defvjp(_integer_fwd, _integer_bwd)
 
 
-def _integer_jvp(axis, ignore_index, _, residuals, x_dot, __, ___, rule_dot):
-    (x, hit, where, rule, part), mend = _mended(axis, ignore_index, None, residuals)
+def _integer_jvp(axis, ignore_index, axis_name, residuals, x_dot, _, __, rule_dot):
+    (x, hit, where, rule, part), mend = _mended(axis, ignore_index, axis_name, residuals)
     bars = (mend(jnp.ones_like(part.top)),)
     x_dot = None if x_dot is None else _unless_ignored(x_dot, residuals[1], ignore_index)
-    return row_tangent.of_whole(rule, x, hit, where, part, bars, x_dot, None, rule_dot)
+    dots = (x_dot, None, rule_dot)
+    return row_tangent.of_whole(axis_name, rule, x, hit, where, part, bars, *dots)
 
 
 _integer_twin = modes.custom_jvp(_integer_fwd, _integer_jvp, static=3)

@@ -81,7 +81,7 @@ def test_derivatives_that_it_does_not_have_are_refused(rng):
 
 
 @pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (1, 100, 11), (300, 8, 50257)])
-@pytest.mark.parametrize("name", ["sums", "bars"])
+@pytest.mark.parametrize("name", tiles.LARGEST)
 def test_tiles_are_as_triton_wants_them(name, t, d, v):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     operands = tiles.Operands(shape((t, d)), shape((d, v)), None, None, None)

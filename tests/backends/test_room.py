@@ -5,6 +5,7 @@ import numpy as np
 
 import jaxgrad
 from jaxgrad import backends, tiling
+from jaxgrad.kernels import attention_tiles
 
 
 def test_on_a_gpu_a_mean_computes_its_logits_anew(monkeypatch):
@@ -26,6 +27,15 @@ def test_on_a_gpu_a_mean_computes_its_logits_anew(monkeypatch):
     more_products, got = gradients()
     assert (products, more_products) == (3, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, due)
+
+
+def test_a_gpu_attends_with_all_heads_of_a_large_tile_at_once(monkeypatch):
+    q = jax.ShapeDtypeStruct((2, 16, 1, 4096, 64), "bfloat16")
+    plan = attention_tiles.Plan(q, q, attention_tiles.Band(None, 0))
+    assert (plan.batch_step, plan.heads_step, plan.rows, plan.columns) == (1, 2, 256, 512)
+    monkeypatch.setattr(backends, "platform", lambda: "gpu")
+    plan = attention_tiles.Plan(q, q, attention_tiles.Band(None, 0))
+    assert (plan.batch_step, plan.heads_step, plan.rows, plan.columns) == (2, 16, 1024, 1024)
 
 
 def test_a_gpu_has_room_for_large_tiles():

@@ -5,15 +5,19 @@ import importlib.util
 import pytest
 
 from jaxgrad import __main__, machine
-from jaxgrad.bench import aot
+from jaxgrad.bench import aot, cycles
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
 
 
-def test_every_target_of_the_command_line_has_a_topology():
-    assert set(__main__.TARGETS) == set(aot.TOPOLOGIES)
+def test_every_target_of_the_command_line_has_a_topology_or_tells_why_not(capsys):
+    for target in set(__main__.TARGETS) - set(aot.TOPOLOGIES):
+        assert __main__.main(["aot", "--target", target]) == 2
+        assert (
+            f"{target} needs the compiler of pip install 'jaxgrad[cuda]'" in capsys.readouterr().err
+        )
 
 
 def test_without_the_compiler_it_names_the_line_that_adds_it(monkeypatch, capsys):
@@ -24,16 +28,79 @@ def test_without_the_compiler_it_names_the_line_that_adds_it(monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "arguments, why",
-    [(["softmax"], "kernels are linear_"), (["--shape", "8,8"], "tokens,features")],
+    [
+        (["softmax"], "kernels are linear_"),
+        (["--shape", "8,8"], "tokens,features,classes or batch,length"),
+        (["dot_product_attention", "--shape", "8,8,8"], "batch,length,heads,features for dot_p"),
+        (["--soft-cap", "0"], "--soft-cap must be above 0, got 0.0"),
+    ],
 )
 def test_what_it_cannot_compile_is_refused(arguments, why, capsys):
     assert __main__.main(["aot", "--target", "v5e", *arguments]) == 2
     assert why in capsys.readouterr().err
 
 
+PROGRAM = """\
+%condition.1 (a: (s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner (a: f32[8]) -> f32[8] {
+  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={}
+  ROOT %b = f32[8] fusion(%k), calls=%fused, backend_config={"estimated_cycles":"100","n":1}
+}
+
+%short (a: f32[8]) -> f32[8] {
+  ROOT %c = f32[8] fusion(%a), calls=%fused, backend_config={"estimated_cycles":"40"}
+}
+
+%body.1 (a: (s32[])) -> (s32[]) {
+  %d = f32[8] conditional(%p, %a, %a), true_computation=%inner, false_computation=%short
+  ROOT %e = f32[8] fusion(%d), calls=%fused, backend_config={"estimated_cycles":"7"}
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %f = f32[8] fusion(%x), calls=%fused, backend_config={"estimated_cycles":"1000"}
+  ROOT %w = (s32[]) while(%f), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_cycles_of_a_loop_count_as_often_as_it_runs():
+    assert cycles.estimate(PROGRAM) == (1000 + 5 * (100 + 7), {"k": 5})
+    known = PROGRAM.replace(
+        "body=%body.1", 'body=%body.1, backend_config={"known_trip_count":{"n":"3"}}'
+    )
+    assert cycles.estimate(known) == (1000 + 3 * (100 + 7), {"k": 3})
+
+
+WORDS = """\
+= control target key start
+LB: loop body
+     0   :  { %s1 = smov 0 } /* Start region 1 */
+   0x1 LB: > { %s2 = sphi 0 }
+   0x2   : > { %s3 = sadd 1, %s2 }
+   0x3   :  {} /* End region 2 */
+   0x4 LB: >> { %s4 = sphi 0 }
+   0x5   : >> { %p5 = scmp.ge.s32.totalorder %s4, 4 /* loop exit test */ }
+   0x6   : > { %p6 = scmp.ge.s32.totalorder %s3, 10 /* loop exit test */  ;;  %s7 = smov 1 }
+   0x7   :  { %8 = vsyncpa 0 }
+"""
+
+
+def test_words_of_a_loop_in_a_loop():
+    assert cycles.bundles(WORDS) == 2 + 10 * (3 + 4 * 2)
+
+
 @needs_compiler
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_the_head_compiles(target, capsys):
-    command = ["aot", "--target", target, "linear_softmax_cross_entropy", "--shape"]
-    assert __main__.main([*command, "1024,256,4096"]) == 0
-    assert "pallas_tpu" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "kernel, shape",
+    [("linear_softmax_cross_entropy", "1024,256,4096"), ("dot_product_attention", "1,1000,2,64")],
+)
+def test_a_kernel_compiles(kernel, shape, target, capsys):
+    command = ["aot", "--target", target, kernel, "--shape", shape, "--soft-cap", "30"]
+    assert __main__.main(command) == 0
+    plain, xla, pallas = capsys.readouterr().out.splitlines()[3:6]
+    assert [float(row.split()[-1]) > 0 for row in (plain, xla, pallas)] == [False, False, True]

@@ -16,13 +16,14 @@ from jaxgrad.bench.race import Case
 SUBJECTS = {subject.name: subject for subject in subjects.subjects()}
 SMALL = {2: (8, 16), 3: (16, 8, 32), 4: (1, 16, 2, 4)}
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimised")
 
 
 @pytest.fixture
 def hurry(monkeypatch):
     monkeypatch.setattr(speed, "SECONDS", 0.01)
     monkeypatch.setattr(race, "SHORTEST", 1e-5)
+    monkeypatch.setattr(race, "SAME", (8, 16))
 
 
 def without(monkeypatch, *packages):
@@ -45,7 +46,6 @@ def test_every_function_is_raced():
     assert len(SUBJECTS) == len(subjects.subjects())
 
 
-@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_results_of_a_race_are_right(name):
     """By the errors that the table shows: they would tell of arguments or truths mixed up, too."""

@@ -1,7 +1,6 @@
 """The training run on a mesh, in one process and in two: the losses of one device."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -31,7 +30,7 @@ def losses(out):
     return np.array([run["losses"] for run in runs])
 
 
-def test_two_processes_give_the_losses_of_one_device(tmp_path):
+def test_two_processes_give_the_losses_of_one_device(tmp_path, quick_environment):
     (tmp_path / "story.txt").write_text(STORY)
 
     def command(out, *more):
@@ -41,8 +40,7 @@ def test_two_processes_give_the_losses_of_one_device(tmp_path):
     mesh = ("--mesh", "data=2,model=2", "--coordinator", f"localhost:{free_port()}")
     commands = [command("one")]
     commands += [command("two", *mesh, "--processes", "2", "--process", str(i)) for i in (0, 1)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = quick_environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
             c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import signal
@@ -33,15 +34,17 @@ def read(folder):
     return json.loads((folder / "out" / report.JSON_NAME).read_text())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a whole run, and its report."""
-    folder = tmp_path_factory.mktemp("finished")
-    import jax
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        assert train.train(small(folder, steps=12)) == 0
+@functools.cache
+def run(folder):
+    folder.mkdir()
+    assert train.train(small(folder, steps=12)) == 0
     return folder, read(folder)
+
+
+@pytest.fixture
+def finished(tmp_path_factory, unoptimised):
+    """The folder of a whole run, which all tests share, and its report."""
+    return run(tmp_path_factory.getbasetemp() / "finished")
 
 
 def test_curves_coincide(finished):
@@ -202,7 +205,9 @@ def test_interrupt_before_the_first_step_leaves_no_report(tmp_path, monkeypatch)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_signal_ends_the_process_with_130_and_nothing_optional_is_needed(tmp_path):
+def test_signal_ends_the_process_with_130_and_nothing_optional_is_needed(
+    tmp_path, quick_environment
+):
     options = small(tmp_path)
     code = f"""
 import sys
@@ -214,6 +219,7 @@ sys.exit(main(["train", "--steps", "1000000", "--batch", "4", "--context", "8", 
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        env=quick_environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

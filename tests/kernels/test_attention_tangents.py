@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import derivative
+from formulas import check_every_order, close_to, forwards, mixed, transformed
 from numpy.testing import assert_allclose
 
 import jaxgrad
@@ -14,13 +14,16 @@ from jaxgrad import forward_mode
 from jaxgrad.kernels import attention, attention_tiles
 
 B, T, S, N, K, H = 1, 5, 6, 4, 2, 3
+close = functools.partial(
+    jax.tree.map, functools.partial(assert_allclose, rtol=1e-10, atol=1e-12, strict=True)
+)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of which these arrays have several."""
     attention._jit.clear_cache()
-    monkeypatch.setattr(attention_tiles, "SIDE", 4)
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(4, 4, 4, area=32))
     yield
     attention._jit.clear_cache()
 
@@ -51,20 +54,42 @@ def test_derivatives_of_both_orders(x64, standard_promotion, unoptimised, small_
 
         return along
 
-    @jax.jit
-    def run():
-        twin = functools.partial(tiled, forward_mode.dot_product_attention)
-        default = functools.partial(tiled, jaxgrad.dot_product_attention)
-        orders = ("", "f", "r", "ff", "fr", "rf", "rr")
-        true = [derivative(path(plain), "f" * order) for order in range(3)]
-        bars = jax.eval_shape(default, *args)
-        bars = jax.tree.map(lambda z: jnp.ones(z.shape), bars)
-        gradients = [jax.vjp(f, *args)[1](bars) for f in (twin, default)]
-        return [(derivative(path(twin), m), true[len(m)]) for m in orders], gradients
+    twin, default = (
+        functools.partial(tiled, module.dot_product_attention) for module in (forward_mode, jaxgrad)
+    )
 
-    pairs, gradients = run()
-    assert_allclose(*zip(*pairs, strict=True), rtol=1e-10)
-    jax.tree.map(functools.partial(assert_allclose, rtol=1e-10, atol=1e-12), *gradients)
+    @jax.jit
+    def run(s):
+        bars = jax.tree.map(lambda z: jnp.ones(z.shape), jax.eval_shape(default, *args))
+        gradients = [jax.vjp(f, *args)[1](bars) for f in (twin, default)]
+        f = path(twin)
+        return forwards(f)(s), mixed(f)(s), forwards(path(plain))(s), gradients
+
+    (y, f, ff), (r, fr, rf), expected, gradients = run(jnp.zeros(()))
+    for found in (y, f, ff), (y, r, fr), (y, r, rf):
+        close(found, expected)
+    close(*gradients)
+
+
+def test_every_order_and_transformation(x64, standard_promotion, unoptimised):
+    """Of one tile, to the third order."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 2)))
+
+    def path(attention):
+        def of(s):
+            o = attention(x + s, x, x * s, scale=1 + s, is_causal=True)
+            return (o * o).sum()
+
+        return of
+
+    def formula(q, k, v, scale, is_causal):
+        z = jnp.einsum("tnh,snh->nts", q, k) * scale
+        z = jnp.where(jnp.tril(jnp.ones((2, 2), bool)), z, -1e4)
+        return jnp.einsum("nts,snh->tnh", jax.nn.softmax(z), v)
+
+    twin = path(forward_mode.dot_product_attention)
+    check_every_order(twin, path(formula))
+    close_to(*jax.jit(transformed, static_argnums=0)(twin))
 
 
 def test_the_matrix_is_never_held():

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KERNELS, weights
-from formulas import PLAIN, derivative
-from jax import lax
+from formulas import PLAIN, check_every_order, close_to, push, transformed
 from numpy.testing import assert_allclose
 
 import jaxgrad
@@ -24,15 +23,19 @@ RULES = (
     "softmax-where",
     "log_softmax",
     "logsumexp-b-where",
+    "tanh",
     "soft_cap",
     "cross_entropy-where",
     "softmax_cross_entropy-where-rule",
     "softmax_cross_entropy_integer-where-rule-ignore_index",
 )
-ORDERS = ("", "f", "r", "ff", "fr", "rf", "rr", "fff", "rrr")
-THIRD = ("softmax", "logsumexp", "soft_cap")
+FIRST = {kernel.name: kernel for kernel in reversed(KERNELS)}  # with the fewest options
+ROWS = [name for name in PLAIN if name not in ("softmax_jacobian", "softmax_vjp")]
 every_rule = pytest.mark.parametrize(
     "kernel", [kernel for kernel in KERNELS if repr(kernel) in RULES], ids=repr
+)
+close_on_mesh = functools.partial(
+    jax.tree.map, functools.partial(assert_allclose, rtol=1e-12, atol=1e-12, strict=True)
 )
 close = functools.partial(
     jax.tree.map, functools.partial(assert_allclose, rtol=1e-10, atol=1e-10, strict=True)
@@ -106,62 +109,15 @@ def test_derivatives_of_every_mode_and_order(kernel, x64, unoptimised):
     v = tangents(primals)
     n = tuple(range(len(primals)))
 
-    def directional(f, modes):
-        """The derivatives along v of the weighted sum of f, one order a mode."""
-        return derivative(weighted(along(f, primals, v)), modes)
-
-    @jax.jit
-    def run():
-        orders = ORDERS if repr(kernel) in THIRD else ORDERS[:-2]
-        found = {modes: directional(function, modes) for modes in orders}
-        true = [directional(plain, "f" * order) for order in range(len(orders[-1]) + 1)]
-        expected = {modes: true[len(modes)] for modes in orders}
-        gradients = [jax.grad(weighted(f), n)(*primals) for f in (function, default)]
-        return found, expected, gradients
-
-    found, expected, gradients = run()
-    close(found, expected)
-    close(*gradients)
+    paths = [weighted(along(f, primals, v)) for f in (function, plain)]
+    check_every_order(*paths, third=kernel is FIRST[kernel.name])
+    close(*jax.jit(lambda: [jax.grad(weighted(f), n)(*primals) for f in (function, default)])())
 
 
 @every_rule
 def test_under_transformations(kernel, x64, unoptimised):
-    """vmap, linearize, scan, remat, cond and shard_map of a jvp, and a jvp of each of them."""
     function, primals = split(kernel, twin(kernel))
-    v = tangents(primals)
-    push = lambda f: lambda s: jax.jvp(f, (s,), (jnp.ones_like(s),))
-    path = along(function, primals, v)
-    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=jax.P("rows"), out_specs=jax.P("rows")
-    )
-
-    @jax.jit
-    def run():
-        s = jnp.arange(3.0) / 8
-        one = [push(path)(x) for x in s]
-        y, linear = jax.linearize(path, s[1])
-        each = {
-            "vmap of jvp": jax.vmap(push(path))(s),
-            "jvp of vmap": push(jax.vmap(path))(s),
-            "jvp of shard_map": push(rows(jax.vmap(path)))(s),
-            "shard_map of jvp": rows(jax.vmap(push(path)))(s),
-            "jvp of scan": push(lambda s: lax.scan(lambda c, x: (c, path(x)), 0, s)[1])(s),
-        }
-        at = {
-            "jvp of remat": push(jax.checkpoint(path))(s[1]),
-            "jvp of cond": push(lambda x: lax.cond(x < 1, path, lambda x: 0 * path(x), x))(s[1]),
-            "linearize": (y, linear(jnp.ones(()))),
-        }
-        return each, at, jax.tree.map(lambda *z: jnp.stack(z), *one), one[1]
-
-    each, at, all_expected, expected = run()
-    for name, found in each.items():
-        jax.tree.map(
-            functools.partial(assert_allclose, rtol=1e-10, err_msg=name), found, all_expected
-        )
-    for name, found in at.items():
-        jax.tree.map(functools.partial(assert_allclose, rtol=1e-10, err_msg=name), found, expected)
+    close_to(*jax.jit(transformed, static_argnums=0)(along(function, primals, tangents(primals))))
 
 
 @every_kernel
@@ -174,18 +130,26 @@ def test_residuals_are_those_of_the_rule(kernel):
     assert kept(forward_mode) == kept(jaxgrad)
 
 
-@pytest.mark.parametrize("name", ["softmax", "log_softmax", INTEGER])
+@pytest.mark.parametrize("name", ROWS)
 def test_reverse_mode_needs_the_memory_of_the_rule(name):
-    x, labels = jnp.zeros((64, 1024)), jnp.zeros(64, jnp.int32)
-    rest = (labels,) if name == INTEGER else ()
+    """In bfloat16, where a widened copy would show."""
+    x, labels = jnp.zeros((64, 1024), "bfloat16"), jnp.zeros(64, jnp.int32)
+    rest = {
+        INTEGER: (labels,),
+        "softmax_cross_entropy": (x,),
+        "cross_entropy": (x,),
+        "soft_cap": (2.0,),
+        "logsumexp": (-1,),
+    }.get(name, ())
 
     def peak(module):
         function = getattr(module, name)
         pull = lambda x, y_bar: jax.vjp(lambda x: function(x, *rest), x)[1](y_bar)
         y_bar = jax.eval_shape(lambda: function(x, *rest))
-        return jax.jit(pull).lower(x, y_bar).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(pull).lower(x, y_bar).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes + x.nbytes
 
-    assert peak(forward_mode) <= 1.1 * peak(jaxgrad) + x.nbytes / 64
+    assert peak(forward_mode) <= 1.1 * peak(jaxgrad)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +161,7 @@ def test_reverse_mode_needs_the_memory_of_the_rule(name):
         ("tanh", [[-np.inf, np.inf]], [0]),
     ],
 )
-def test_edges(name, x, kept):
+def test_edges(name, x, kept, unoptimised):
     function = getattr(forward_mode, name)
     function = functools.partial(function, axis=-1) if name == "logsumexp" else function
     for derive in jax.jacfwd, jax.jacrev:
@@ -218,7 +182,7 @@ def test_a_saturated_row_keeps_its_digits():
     assert_allclose(slope, 4 * np.exp(-24.0), rtol=1e-6)
 
 
-def test_ignored_and_unknown_labels():
+def test_ignored_and_unknown_labels(unoptimised):
     logits = jnp.array([[jnp.nan, 1.0], [1.0, 2.0], [1.0, 2.0]])
     labels = jnp.array([-1, 0, 7])
     f = functools.partial(
@@ -229,7 +193,7 @@ def test_ignored_and_unknown_labels():
     assert loss[0] == 0
 
 
-def test_what_is_masked_has_no_tangent_in_forward_over_reverse():
+def test_what_is_masked_has_no_tangent_in_forward_over_reverse(unoptimised):
     x, where = jnp.arange(3.0), jnp.array([True, True, False])
     f = lambda x: jaxgrad.log_softmax(x, where=where)
     y, y_dot = jax.jvp(lambda x: jax.vjp(f, x)[0], (x,), (x,))
@@ -237,7 +201,80 @@ def test_what_is_masked_has_no_tangent_in_forward_over_reverse():
     assert y_dot[2] == 0
 
 
-def test_axis_name_is_refused():
-    x = jnp.zeros((2, 3))
-    with pytest.raises(NotImplementedError, match="axis_name"):
-        jax.vmap(functools.partial(forward_mode.softmax, axis_name="i"), axis_name="i")(x)
+def cut(module, axis_name, names, s, a):
+    """A number of each kernel whose classes may be cut over an axis."""
+    over = lambda z: z if axis_name is None else jax.lax.psum(z, axis_name)
+    x, t, h, w = (a[k] * (1 + s * jnp.cos(a[k])) for k in ("x", "t", "h", "w"))
+    rule = {"label_smoothing": 0.1 + s, "z_loss": 0.1, "temperature": 0.7 + s}
+    call = lambda name, *args, **kwargs: getattr(module, name)(*args, axis_name=axis_name, **kwargs)
+    head = functools.partial(call, "linear_softmax_cross_entropy", h, w, chunk_size=(2, 4))
+    rows = {
+        "softmax": lambda: over((call("softmax", x, where=a["where"]) * t).sum()),
+        "log_softmax": lambda: over((call("log_softmax", x) * t).sum()),
+        "logsumexp": lambda: call("logsumexp", x, axis=-1).sum(),
+        "factors": lambda: call("logsumexp", x, axis=-1, b=t).sum(),
+        "dense": lambda: call("softmax_cross_entropy", x, t, logit_soft_cap=2.0 + s, **rule).sum(),
+        "integer": lambda: call(INTEGER, x, a["labels"], **rule).sum(),
+        "in total": lambda: head(t, reduction="mean", **rule),
+        "token by token": lambda: weigh(*head(a["labels"], h.sum() * w[0], return_aux=True)),
+        "sparse": lambda: head(forward_mode.SparseLabels(a["labels"][:, None], h[:, :1])).sum(),
+    }
+    return jnp.stack([rows[name]() for name in names or rows])
+
+
+def weigh(loss, aux):
+    return loss.sum() + jnp.sin(aux.lse).sum() + jnp.cos(aux.entropy).sum()
+
+
+def test_classes_cut_over_an_axis(x64, unoptimised, standard_promotion):
+    """Of a mesh, or of a vmap: the derivatives of one device."""
+    if jax.device_count() < 4:
+        pytest.skip("a mesh of four devices needs as many")
+    normal = np.random.default_rng(0).standard_normal
+    a = {"x": normal((2, 8)), "t": normal((2, 8)) ** 2, "h": normal((2, 3)), "w": normal((3, 8))}
+    a |= {"labels": jnp.array([1, 6]), "where": normal((2, 8)) < 1}
+    classes = {k: jax.P(None, "i") if k in ["x", "t", "w", "where"] else jax.P() for k in a}
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = {k: z.reshape(-1, 4, 2).swapaxes(0, 1) if classes[k] else z for k, z in a.items()}
+    in_axes = (None, {k: 0 if classes[k] else None for k in a})
+    at = jnp.zeros(())
+
+    def on_mesh(*names):
+        on_shards = functools.partial(cut, forward_mode, "i", names)
+        specs = {"in_specs": (jax.P(), classes), "out_specs": jax.P()}
+        return lambda s: jax.shard_map(on_shards, mesh=mesh, **specs)(s, a)
+
+    def mapped(*names):
+        on_shards = functools.partial(cut, forward_mode, "i", names)
+        return lambda s: jax.vmap(on_shards, in_axes, axis_name="i")(s, parts)[0]
+
+    def whole(*names):
+        return lambda s: cut(forward_mode, None, names, s, a)
+
+    def total(f):
+        return lambda s: (f(s) * jnp.cos(jnp.arange(len(f(s))))).sum()
+
+    once = ("factors", "dense", "integer", "token by token", "sparse")
+    twice = ("softmax", "log_softmax", "logsumexp", "in total")
+
+    def derivatives(of):
+        forward = push(of())(at)
+        rest = jax.grad(total(of(*once)))(at)
+        return forward, rest, push(jax.grad(total(of(*twice))))(at)
+
+    def in_vmap(of):
+        f = of("log_softmax", "integer")
+        return push(f)(at), jax.grad(total(f))(at)
+
+    found, expected = (
+        jax.jit(lambda shards=shards, to=to: (derivatives(shards), in_vmap(to)))()
+        for shards, to in ((on_mesh, mapped), (whole, whole))
+    )
+    close_on_mesh(found, expected)
+
+
+def test_reverse_mode_inside_of_vmap_adds_up_the_shards(unoptimised):
+    x = jnp.arange(6.0).reshape(3, 2)
+    f = lambda x: forward_mode.logsumexp(x, axis=-1, axis_name="i")
+    found = jax.vmap(jax.grad(f), axis_name="i")(x)
+    assert_allclose(found, 3 * jax.nn.softmax(x, None), rtol=1e-6)

@@ -10,22 +10,28 @@ import pytest
 from jaxgrad import linear_softmax_cross_entropy
 
 REDUCTIONS = (None, "mean")
+# Compiled the quick way a program holds the same products, and to the byte the same memory.
+as_quick = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
     "dtype, bar", ((jnp.float32, 1e-6), (jnp.bfloat16, 2e-3), (jnp.float16, 2e-3))
 )
-def test_accuracy_against_float64(dtype, bar, reduction, rng, x64):
+def test_accuracy_against_float64(dtype, bar, reduction, x64):
     t, d, v = 250, 64, 1537  # ragged in both: 3 · 64 + 58, 3 · 512 + 1
-    k = jax.random.split(rng, 3)
-    x = jax.random.normal(k[0], (t, d)).astype(dtype)
-    w = (4 * d**-0.5 * jax.random.normal(k[1], (d, v))).astype(dtype)
-    labels = jax.random.randint(k[2], (t,), 0, v)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((t, d)), dtype)
+    w = jnp.asarray(4 * d**-0.5 * rng.standard_normal((d, v)), dtype)
+    labels = rng.integers(0, v, t)
 
+    @jax.jit
     def theirs(x, w):
-        z = x @ w
-        return (jax.nn.logsumexp(z, -1) - z[jnp.arange(t), labels]).mean()
+        def f(x, w):
+            z = x @ w
+            return (jax.nn.logsumexp(z, -1) - z[jnp.arange(t), labels]).mean()
+
+        return jax.value_and_grad(f, (0, 1))(x, w)
 
     @jax.jit
     def ours(x, w, shift):
@@ -37,22 +43,22 @@ def test_accuracy_against_float64(dtype, bar, reduction, rng, x64):
 
         return jax.value_and_grad(f, (0, 1))(x, w)
 
-    true, true_bars = jax.value_and_grad(theirs, (0, 1))(x.astype(float), w.astype(float))
+    true, true_bars = theirs(np.float64(x), np.float64(w))
     for shift in (0.0, 20.0):
         loss, bars = ours(x, w, shift)
         assert loss.dtype == jnp.float32
-        assert abs(loss.astype(float) - true) <= 1e-6 * abs(true)
+        assert abs(np.float64(loss) - true) <= 1e-6 * abs(true)
         for got, exact in zip(bars, true_bars, strict=True):
             assert got.dtype == dtype
-            error = jnp.linalg.norm(got.astype(float) - exact) / jnp.linalg.norm(exact)
+            error = np.linalg.norm(np.float64(got) - exact) / np.linalg.norm(exact)
             # A float32 logit near 20 is rounded by up to 1e-6, whoever adds the bias.
             assert error <= bar + (2e-6 if shift else 0)
 
 
-def test_float16_gradients_survive_a_mean_over_many_tokens(rng):
-    x, w = jax.random.normal(rng, (4, 5)), jax.random.normal(jax.random.key(1), (5, 50))
-    labels = jnp.array([3, 0, 49, 20])
-    weights = jnp.array([1.0, 1.0, 1.0, 1e6])
+def test_float16_gradients_survive_a_mean_over_many_tokens():
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape, np.float32) for shape in ((4, 5), (5, 50)))
+    labels, weights = np.array([3, 0, 49, 20]), np.float32([1, 1, 1, 1e6])
 
     def f(w):
         loss = linear_softmax_cross_entropy(
@@ -61,9 +67,9 @@ def test_float16_gradients_survive_a_mean_over_many_tokens(rng):
         return loss * 2.0**15
 
     with jax.numpy_dtype_promotion("standard"):
-        got = jax.grad(f)(w.astype(jnp.float16)).astype(jnp.float32)
-        true = jax.grad(lambda w: f(w) / 2.0**15)(w)
-    np.testing.assert_allclose(got / 2.0**15, true, rtol=0, atol=2e-3 * jnp.abs(true).max())
+        got = np.float32(jax.jit(jax.grad(f))(w.astype(np.float16)))
+        true = jax.jit(jax.grad(lambda w: f(w) / 2.0**15))(w)
+    np.testing.assert_allclose(got / 2.0**15, true, rtol=0, atol=2e-3 * np.abs(true).max())
 
 
 def compiled(t, d, v, dtype, reduction, vocab_axis=-1, argnums=(0, 1), **more):
@@ -95,6 +101,7 @@ def test_neither_the_logits_nor_a_wide_or_transposed_w_exist(reduction, vocab_ax
     assert not [name for name in wide if re.search(rf"{name} = bf16", text)], wide
 
 
+@as_quick
 def test_memory_is_that_of_tiles():
     def temp(t, v, reduction, dtype=jnp.float32):
         memory = compiled(t, 32, v, dtype, reduction, chunk_size=(64, 128))
@@ -107,13 +114,16 @@ def test_memory_is_that_of_tiles():
     assert more_classes - base <= 2**16
     assert more_tokens - base <= 4 * 1536 * (32 + 16)  # x̄ and numbers a row, not 128 classes
     # w̄ of 16 bits is summed in 32, a quarter at a time.
-    assert temp(512, 8192, None, jnp.bfloat16) - base <= 1.1 * 32 * 4 * 8192 / 4
+    few, many = (temp(512, v, None, jnp.bfloat16) for v in (2048, 8192))
+    assert few <= 2**18
+    assert many - few <= 32 * 4 * (8192 - 2048) / 4
     kept = 64 * 4 * 2048
     assert temp(512, 2048, "mean") <= kept + 2**20
     assert temp(2048, 2048, "mean") - temp(512, 2048, "mean") <= 4 * 1536 * (32 + 16)
     assert temp(512, 8192, "mean") - temp(512, 2048, "mean") <= 3.1 * kept
 
 
+@as_quick
 def test_second_order_memory_is_that_of_tiles():
     t, d, v = 512, 16, 2048
     x, w = jax.ShapeDtypeStruct((t, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
@@ -135,6 +145,7 @@ def test_second_order_memory_is_that_of_tiles():
             assert memory.temp_size_in_bytes < 4 * t * v / 2
 
 
+@as_quick
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_products_are_made_only_for_those_who_ask(reduction):
     def products(argnums):

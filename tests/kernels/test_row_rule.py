@@ -1,5 +1,7 @@
 """The row rule: its cotangents one by one, and rows that come in parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,59 +51,77 @@ def twins(options):
 
 @every_rule
 def test_loss_log_sum_exp_and_entropy(options, x64):
-    rule = as_rule(options)
-    part = row_rule.measure(rule, jnp.asarray(X), jnp.asarray(T), jnp.asarray(WHERE), (-1,), True)
-    found = row_rule.loss(rule, part), row_rule.log_sum_exp(rule, part), row_rule.entropy(part)
-    for y, twin in zip(found, twins(options), strict=True):
+
+    @jax.jit
+    def sums(x):
+        rule = as_rule(options)
+        part = row_rule.measure(rule, x, jnp.asarray(T), jnp.asarray(WHERE), (-1,), True)
+        return row_rule.loss(rule, part), row_rule.log_sum_exp(rule, part), row_rule.entropy(part)
+
+    for y, twin in zip(sums(X), twins(options), strict=True):
         np.testing.assert_allclose(y[:, 0], oracles.in_50_digits(twin, X), rtol=1e-12)
 
 
 @every_rule
-@pytest.mark.parametrize("at", [0, 1, 2], ids=["loss", "lse", "entropy"])
-def test_each_cotangent(options, at, x64):
-    """(6) and (7), with one of the three cotangents at a time."""
-    rule, x, t, where = as_rule(options), jnp.asarray(X), jnp.asarray(T), jnp.asarray(WHERE)
-    part = row_rule.measure(rule, x, t, where, (-1,), True)
-    bars = [jnp.zeros((3, 1)) for _ in range(3)]
-    bars[at] = jnp.asarray(weights((3, 1)))
-    z_bar = row_rule.gradient(rule, x, t, where, part, *bars)
-    expected = oracles.derivative(twins(options)[at], (X,), 0, weights((3, 1))[:, 0])
-    np.testing.assert_allclose(row_rule.to_logits(rule, x, where, z_bar), expected, 1e-12, 1e-14)
+def test_each_cotangent(options, x64):
+    """(6) and (7), with one of the three cotangents, of loss, lse and entropy, at a time."""
+    rule, t, where = as_rule(options), jnp.asarray(T), jnp.asarray(WHERE)
+
+    @jax.jit
+    def gradient(x, *bars):
+        part = row_rule.measure(rule, x, t, where, (-1,), True)
+        return row_rule.to_logits(rule, x, where, row_rule.gradient(rule, x, t, where, part, *bars))
+
+    for at, twin in enumerate(twins(options)):
+        bars = [weights((3, 1)) * (i == at) for i in range(3)]
+        expected = oracles.derivative(twin, (X,), 0, weights((3, 1))[:, 0])
+        np.testing.assert_allclose(gradient(X, *bars), expected, 1e-12, 1e-14)
 
 
 @every_rule
-@pytest.mark.parametrize("cut", [1, 3])
-def test_parts_merge_into_the_whole(options, cut, x64):
-    rule, x, t, where = as_rule(options), jnp.asarray(X), jnp.asarray(T), jnp.asarray(WHERE)
+def test_parts_merge_into_the_whole(options, x64):
+    rule, t, where = as_rule(options), jnp.asarray(T), jnp.asarray(WHERE)
 
-    def of(columns):
-        return row_rule.measure(rule, x[:, columns], t[:, columns], where[:, columns], (-1,), True)
+    @jax.jit
+    def whole_and_merged(x):
+        def of(*columns):
+            s = slice(*columns)
+            return row_rule.measure(rule, x[:, s], t[:, s], where[:, s], (-1,), True)
 
-    whole, parts = of(slice(None)), (of(slice(cut)), of(slice(cut, None)))
-    for pair in (parts, parts[::-1]):
-        for found, expected in zip(row_rule.merge(rule, *pair), whole, strict=True):
-            if expected is not None:
-                np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+        parts = [(of(cut), of(cut, None)) for cut in (1, 3)]
+        pairs = parts + [pair[::-1] for pair in parts]
+        return of(None), [row_rule.merge(rule, *pair) for pair in pairs]
+
+    whole, merged = whole_and_merged(X)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+    for found in merged:
+        jax.tree.map(close, found, whole)
 
 
 @every_rule
 def test_gradient_of_one_part_needs_the_sums_of_the_row_alone(options, x64):
-    rule, x, t, where = as_rule(options), jnp.asarray(X), jnp.asarray(T), jnp.asarray(WHERE)
-    part = row_rule.measure(rule, x, t, where, (-1,))
-    whole = row_rule.gradient(rule, x, t, where, part, jnp.ones((3, 1)))
-    tiles = [
-        row_rule.gradient(rule, x[:, s], t[:, s], where[:, s], part, jnp.ones((3, 1)))
-        for s in (slice(2), slice(2, None))
-    ]
-    np.testing.assert_array_equal(jnp.concatenate(tiles, 1), whole)
+    rule, t, where = as_rule(options), jnp.asarray(T), jnp.asarray(WHERE)
+
+    @jax.jit
+    def whole_and_tiles(x):
+        part = row_rule.measure(rule, x, t, where, (-1,))
+        return [
+            row_rule.gradient(rule, x[:, s], t[:, s], where[:, s], part, jnp.ones((3, 1)))
+            for s in (slice(None), slice(2), slice(2, None))
+        ]
+
+    whole, *tiles = whole_and_tiles(X)
+    np.testing.assert_array_equal(np.concatenate(tiles, 1), whole)
 
 
 def test_index_and_one_hot_targets_agree(x64):
-    rule, x = as_rule(OPTIONS), jnp.asarray(X)
-    hot = jax.nn.one_hot(jnp.array([1, 0, 5]), 6, dtype=bool)
-    part = row_rule.measure(rule, x, hot.astype(float), None, (-1,))
-    found = (
-        row_rule.gradient(rule, x, z, None, part, jnp.ones((3, 1)))
-        for z in (hot, hot.astype(float))
-    )
-    np.testing.assert_allclose(*found, rtol=1e-12, atol=1e-15)
+    @jax.jit
+    def both(x):
+        rule, hot = as_rule(OPTIONS), jax.nn.one_hot(jnp.array([1, 0, 5]), 6, dtype=bool)
+        part = row_rule.measure(rule, x, hot.astype(float), None, (-1,))
+        return [
+            row_rule.gradient(rule, x, z, None, part, jnp.ones((3, 1)))
+            for z in (hot, hot.astype(float))
+        ]
+
+    np.testing.assert_allclose(*both(X), rtol=1e-12, atol=1e-15)

@@ -131,7 +131,7 @@ def test_second_order(kernel, x64):
 def test_check_grads(kernel, x64):
     """By every argument and by the cotangent; the bar is that of differences in float64."""
     function, primals = split(kernel, "float64")
-    check_grads(jax.jit(weighted(function)), primals, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+    check_grads(weighted(function), primals, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
 @every_kernel

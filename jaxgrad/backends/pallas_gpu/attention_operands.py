@@ -31,9 +31,11 @@ def operands(q: Any, k: Any, v: Any, terms: Any, masks: Any) -> Operands:
     """What kernels read, from arrays of five axes."""
     flat = lambda z: None if z is None else z.reshape(-1)
     by_batch = lambda z: None if z is None else z.reshape(len(z), -1)
+    of_keys = lambda z: z[:, :, 0].transpose(0, 2, 1, 3)
     return Operands(
         by_place(q),
-        *(z[:, :, 0].transpose(0, 2, 1, 3) for z in (k, v)),
+        of_keys(k),
+        of_keys(v),
         terms._replace(scale=flat(terms.scale), cap=flat(terms.cap)),
         masks._replace(
             query_length=flat(masks.query_length),
@@ -69,7 +71,9 @@ def call(
     everywhere = lambda z: pl.BlockSpec((None,), lambda *_: (0,))
     by_head, by_batch = jax.tree.map(part(1), x), jax.tree.map(part(None), x)
     specs = Operands(
-        *(jax.tree.map(part(2), z) for z in (x.q, x.k, x.v)),
+        part(2)(x.q),
+        part(2)(x.k),
+        part(2)(x.v),
         jax.tree.map(everywhere, x.terms)._replace(bias=by_head.terms.bias),
         by_batch.masks._replace(mask=by_head.masks.mask),
         jax.tree.map(part(2), x.o_bar),

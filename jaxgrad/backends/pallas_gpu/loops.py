@@ -92,6 +92,7 @@ def sums(
 def bars(
     product: Product,
     body: Callable[..., Array],
+    name: str,
     operands: Operands,
     dtype: Any,
     sums_columns: bool,
@@ -104,10 +105,11 @@ def bars(
     Args:
       product: As in :func:`sums`, and so are the others.
       body: Gives float32.
+      name: Of the largest tile, in ``tiles.LARGEST``.
       dtype: Of x̄.
       sums_columns: Whether to return Σ x̄ over tokens too, which no rounding of x̄ enters.
     """
-    plan = tiles.plan("bars", operands, vocab_axis, tile)
+    plan = tiles.plan(name, operands, vocab_axis, tile)
 
     def kernel(operands, out):
         i, j = pl.program_id(0), pl.program_id(1)
