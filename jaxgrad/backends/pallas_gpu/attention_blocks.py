@@ -17,7 +17,7 @@ WIDEST = 256  # head: wider ones would not fit in registers
 
 # Queries, keys, warps and stages of the pipeline, by kernel and padded size of a head. In 16 bits,
 # those of 64 and 128 were the fastest of eight or nine on an H100, causal, for T = 4096. The rest
-# are what ptxas spills least of among a few.
+# were not timed; they are small so that registers hold them.
 SIZES = {
     "forward": {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
     "of_queries": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
