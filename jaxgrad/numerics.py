@@ -151,7 +151,7 @@ def apart(*arrays: Any, wide: bool = False) -> tuple[Any, ...]:
     they share an exponential that pays, and wide arrays are left alone unless ``wide`` is set; a
     widened copy does not, nor a difference. On other platforms they fuse as they should.
     """
-    if is_wide(arrays[0]) and not wide:
+    if not wide and is_wide(arrays[0]):
         return arrays
     return lax.platform_dependent(*arrays, cpu=_barrier, default=lambda *same: same)
 

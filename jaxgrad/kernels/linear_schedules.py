@@ -181,6 +181,7 @@ def _total_fwd(plan, head, tokens, rule, scale):
     return _gradients(plan, wanted, head, tokens, rule, scale.value)
 
 
+@_in_halves
 def _gradients(plan, wanted, head, tokens, rule, scale):
     clean = _without_ignored(plan, tokens)
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)

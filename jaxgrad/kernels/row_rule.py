@@ -91,16 +91,15 @@ def measure(
     x = numerics.masked(x, where, 0)
 
     def d() -> Array:
-        rows = x, top, rule
-        x_, top_, rule_ = rows if in_kernel else numerics.apart(*rows, wide=True)
-        return below(rule_, x_, top_, where)  # of a rule shared, a scalar would be spread out
+        x_, top_, rule_ = (x, top, rule) if in_kernel else _apart(rule, x, top)
+        return below(rule_, x_, top_, where)
 
     part = Part(top, numerics.row_excess(d, axis, branches=not in_kernel))
     if t is not None:
         t = numerics.masked(numerics.widen(t), where, 0)
 
         def gap(multiply: Callable[..., Array]) -> Array:
-            x_, top_, t_, rule_ = numerics.apart(x, top, t, rule, wide=True)
+            x_, top_, t_, rule_ = _apart(rule, x, top, t)  # shared, its scalars would be spread out
             return multiply(t_, -below(rule_, x_, top_, where)).sum(axis, keepdims=True)
 
         plain = gap(operator.mul)
@@ -117,6 +116,10 @@ def measure(
         moment = numerics.safe_multiply(jnp.exp(d()), -d())
         part = part._replace(moment=moment.sum(axis, keepdims=True))
     return part
+
+
+def _apart(rule, *arrays):  # each by itself: no tangent of 0 of the rule meets a d of -inf
+    return *numerics.apart(*arrays, wide=True), *numerics.apart(rule, wide=True)
 
 
 def merge(rule: Rule, a: Part, b: Part) -> Part:

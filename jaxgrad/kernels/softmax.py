@@ -133,8 +133,8 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Array:
 
     .. math:: J = \operatorname{diag}(y) - y y^\top
 
-    J is symmetric and its rows sum to 0: the diagonal is y times the sum of all other y, which
-    keeps its digits where :math:`1 - y_i` would cancel. To multiply by J use
+    J is symmetric and its rows sum to 0: the diagonal is computed as minus the sum of the others,
+    which keeps its digits where :math:`1 - y_i` would cancel. To multiply by J use
     :func:`softmax_vjp`, which never forms it.
 
     Args:
@@ -156,10 +156,10 @@ def softmax_jacobian(x: ArrayLike, axis: int = -1) -> Array:
     x = numerics.as_float(x, of="softmax_jacobian")
     (axis,) = numerics.as_axes(axis, x, of="softmax_jacobian")
     y = jnp.moveaxis(_forward((axis,), None, numerics.widen(x), None)[0], axis, -1)
-    same = jnp.eye(y.shape[-1], dtype=bool)
-    others = jnp.matmul(y, 1 - same.astype(y.dtype), precision="highest")
-    jacobian = jnp.where(same, (y * others)[..., None], -y[..., :, None] * y[..., None, :])  # (2)
-    return numerics.narrow(jacobian, like=x)
+    others = ~jnp.eye(y.shape[-1], dtype=bool)
+    products = jnp.where(others, y[..., :, None] * y[..., None, :], 0)
+    diagonal = jnp.where(others, 0, products.sum(-1)[..., None])
+    return numerics.narrow(diagonal - products, like=x)  # (2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -128,7 +128,8 @@ def tanh(x, axis):
     return jaxgrad.tanh(x)
 
 
-@given(hnp.arrays(np.float32, (5,), elements=st.floats(-50, 50, width=32) | HUGE))
+# Between, exp -2|x| is subnormal, which XLA flushes to 0.
+@given(hnp.arrays(np.float32, (5,), elements=st.floats(-43, 43, width=32) | HUGE))
 def test_tanh(x):
     y, x_bar = pulled(tanh, None, cotangent(x.shape), x)
     e = np.exp(-2 * np.abs(np.float64(x)))

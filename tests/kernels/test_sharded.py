@@ -128,7 +128,10 @@ def test_what_tokens_and_classes_cost():
 
 @pytest.mark.parametrize("gather_once", [False, True], ids=["by tiles", "at once"])
 def test_what_features_cost(gather_once):
-    """w, twice if by tiles, and w̄ once to the device that keeps it; whole only if at once."""
+    """w, twice if by tiles, and w̄ once to the device that keeps it; whole only if at once.
+
+    There a mean keeps 64 MiB of logits besides, which are as much as twice w.
+    """
     t, d, v = 4096, 256, 32768
     axes = {"batch_axes": "data", "fsdp_axis": "data", "gather_once": gather_once}
     program = traced(mesh_of(data=8), t, d, v, **axes).lower().compile()
@@ -137,7 +140,7 @@ def test_what_features_cost(gather_once):
     scattered = ("reduce-scatter", (f"f32[{d // 8},{width}]",), not gather_once)
     assert large(program) == [collected] * (1 if gather_once else 2) + [scattered]
     w = 4 * d * v
-    assert program.memory_analysis().temp_size_in_bytes <= (3.25 if gather_once else 0.16) * w
+    assert program.memory_analysis().temp_size_in_bytes <= (4.1 if gather_once else 0.16) * w
 
 
 @pytest.mark.parametrize("gather_once", [None, False, True], ids=["no features", "tiles", "once"])
