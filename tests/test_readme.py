@@ -40,7 +40,7 @@ OURS = COMMON | {
     "tanh": jaxgrad.tanh,
 }
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "unoptimised")
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 class ListsAreArrays(ast.NodeTransformer):
