@@ -130,15 +130,15 @@ FACTORS = {
 
 @pytest.mark.parametrize("b", FACTORS)
 def test_logsumexp_with_factors(b, standard_promotion):
-    """One by one: what cancels to 0 does so as long as nobody fuses the products with the sum."""
-    for axis, *more in (
+    """Op by op, as the peer: whether products that cancel are fused with their sum decides 0."""
+    for axis, keepdims, return_sign, where in (
         (-1, False, True, None),
         (-1, False, False, mask()),
         ((0, -1), True, True, mask()),
         (None, False, False, None),
     ):
-        case = logits(), axis, FACTORS[b], *more
-        same(jaxgrad.logsumexp(*case), jax.nn.logsumexp(*case))
+        given = logits(), axis, FACTORS[b], keepdims, return_sign, where
+        same(jaxgrad.logsumexp(*given), jax.nn.logsumexp(*given))
 
 
 def test_gradient_of_logsumexp_with_factors():

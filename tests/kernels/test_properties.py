@@ -128,8 +128,11 @@ def tanh(x, axis):
     return jaxgrad.tanh(x)
 
 
-# Between, exp -2|x| is subnormal, which XLA flushes to 0.
-@given(hnp.arrays(np.float32, (5,), elements=st.floats(-43, 43, width=32) | HUGE))
+# From 43.6 to 44.4 sech² is a normal number, and exp -2|x| one of those that XLA's CPU flushes.
+SECH = st.floats(-50, 50, width=32).filter(lambda x: not 43.6 < abs(x) < 44.4)
+
+
+@given(hnp.arrays(np.float32, (5,), elements=SECH | HUGE))
 def test_tanh(x):
     y, x_bar = pulled(tanh, None, cotangent(x.shape), x)
     e = np.exp(-2 * np.abs(np.float64(x)))
