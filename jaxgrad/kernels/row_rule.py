@@ -102,8 +102,7 @@ def measure(
             x_, top_, t_, rule_ = _apart(rule, x, top, t)  # shared, its scalars would be spread out
             return multiply(t_, -below(rule_, x_, top_, where)).sum(axis, keepdims=True)
 
-        plain = gap(operator.mul)
-        safe = lambda: gap(numerics.safe_multiply)
+        plain, safe = gap(operator.mul), lambda: gap(numerics.safe_multiply)
         gaps = numerics.if_any(jnp.isnan(plain), safe, lambda: plain)
         part = part._replace(gap=gaps, mass=t.sum(axis, keepdims=True))
     if rule.label_smoothing is not None:
