@@ -1,4 +1,4 @@
-"""Makes the page of benchmarks, its pictures and the numbers of the README from one JSON file.
+"""Makes the pages of benchmarks, their pictures and the numbers of the README from JSON files.
 
     python -m jaxgrad bench --json notebooks/06_benchmarks.json && python notebooks/publish.py
 
@@ -15,13 +15,12 @@ from jaxgrad.bench import report
 from jaxgrad.bench.subjects import OURS
 
 HERE = Path(__file__).parent
-JSON, PAGE = HERE / "06_benchmarks.json", HERE / "06_benchmarks.md"
 README = HERE.parent / "README.md"
-MEMORY, TIMES = "06_memory.png", "06_times.png"
 BLOCK = re.compile(r"(?<=<!-- made by notebooks/publish.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 FUSED, INTEGER = "linear_softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"
 PLAIN, ATTENTION = "x @ w, optax", "dot_product_attention"
+CPU, GPU = "06_benchmarks", "06_benchmarks_gpu"
 
 
 class Headline(NamedTuple):
@@ -35,81 +34,113 @@ class Headline(NamedTuple):
     peer: str
 
 
-HEADLINES = (
-    Headline("fused head, `mean`", FUSED, "mean", "float32", "gradient", PLAIN),
-    Headline("fused head, `mean`", FUSED, "mean", "bfloat16", "gradient", PLAIN),
-    Headline("fused head, least memory", FUSED, "low memory", "float32", "gradient", PLAIN),
-    Headline("causal attention", ATTENTION, "causal", "float32", "gradient", "jax.nn"),
-    Headline("integer cross-entropy", INTEGER, "", "bfloat16", "gradient", "optax"),
-    Headline("soft-capped cross-entropy", INTEGER, "soft-capped", "float32", "forward", "optax"),
-    Headline("soft-max", "softmax", "", "bfloat16", "gradient", "jax.nn"),
-    Headline("soft-max", "softmax", "", "float32", "gradient", "jax.nn"),
-)
+HEADLINES = {
+    CPU: (
+        Headline("fused head, `mean`", FUSED, "mean", "float32", "gradient", PLAIN),
+        Headline("fused head, `mean`", FUSED, "mean", "bfloat16", "gradient", PLAIN),
+        Headline("fused head, least memory", FUSED, "low memory", "float32", "gradient", PLAIN),
+        Headline("causal attention", ATTENTION, "causal", "float32", "gradient", "jax.nn"),
+        Headline("integer cross-entropy", INTEGER, "", "bfloat16", "gradient", "optax"),
+        Headline(
+            "soft-capped cross-entropy", INTEGER, "soft-capped", "float32", "forward", "optax"
+        ),
+        Headline("soft-max", "softmax", "", "bfloat16", "gradient", "jax.nn"),
+        Headline("soft-max", "softmax", "", "float32", "gradient", "jax.nn"),
+    ),
+    GPU: (
+        Headline("fused head", FUSED, "mean", "bfloat16", "gradient", PLAIN),
+        Headline("attention", ATTENTION, "", "bfloat16", "gradient", "jax.nn"),
+        Headline("attention", ATTENTION, "", "bfloat16", "gradient", "jax.nn, cuDNN"),
+        Headline("integer cross-entropy", INTEGER, "", "bfloat16", "gradient", "optax"),
+        Headline("soft-max", "softmax", "", "bfloat16", "gradient", "jax.nn"),
+    ),
+}
 
 
-def readme(results: report.Results) -> str:
+def results_of(name: str) -> report.Results:
+    """The stored results of a machine."""
+    return report.read(HERE / f"{name}.json")
+
+
+def readme(cpu: report.Results, gpu: report.Results) -> str:
     """The block of the README."""
-    head = ("", "shape", "dtype", "beside", "times as fast", "temp, MiB", "theirs")
-    lines = list(_table(head, filter(None, (_headline(results, line) for line in HEADLINES))))
     return "\n".join(
         [
-            f"On {_machine(results)}, value and gradients (of the soft-capped loss the value "
-            "alone), each at the largest shape measured. In brackets the quartiles of the rounds; "
-            f"one program against itself was {_noise(results)}. *Temp* is memory beside arguments "
-            "and results. All rows, with those that are slower: "
-            "[benchmarks](notebooks/06_benchmarks.md).",
+            "Value and gradients (of the soft-capped loss the value alone), each at the largest "
+            "shape measured. In brackets the quartiles of the rounds; *temp* is memory beside "
+            f"arguments and results. On {_machine(cpu)}; one program against itself was "
+            f"{_noise(cpu)}. All rows, with those that are slower: "
+            f"[benchmarks](notebooks/{CPU}.md).",
             "",
-            *lines,
+            *_headlines(cpu, CPU),
             "",
-            f"![Temporary memory over vocabulary and sequence length](notebooks/{MEMORY})",
+            f"![Temporary memory over vocabulary and sequence length](notebooks/{CPU}_memory.png)",
+            "",
+            f"On {_machine(gpu)}; one program against itself was {_noise(gpu)}; "
+            f"[all rows](notebooks/{GPU}.md):",
+            "",
+            *_headlines(gpu, GPU),
             "",
             "To reproduce a row on your device, name its kernel, dtype and shape, for the first:",
             "",
             "```sh",
-            _command(results, HEADLINES[0]),
+            _command(cpu, HEADLINES[CPU][0]),
             "```",
             "",
         ]
     )
 
 
-def page(results: report.Results) -> str:
-    """The whole of ``06_benchmarks.md``."""
-    return "\n".join(_page(results)) + "\n"
+def _headlines(results, name) -> Iterator[str]:
+    head = ("", "shape", "dtype", "beside", "times as fast", "temp, MiB", "theirs")
+    return _table(head, filter(None, (_headline(results, line) for line in HEADLINES[name])))
 
 
-def _page(results) -> Iterator[str]:
-    quick = " --quick" * results["quick"]
-    yield from ("# Benchmarks", "", f"Measured on {_machine(results)}, by", "")
-    yield from ("```sh", f"python -m jaxgrad bench{quick}", "```", "")
+def page(results: report.Results, name: str) -> str:
+    """The whole of a page."""
+    return "\n".join(_page(results, name)) + "\n"
+
+
+def _page(results, name) -> Iterator[str]:
+    where = " on a GPU" if name == GPU else ""
+    yield from (f"# Benchmarks{where}", "", f"Measured on {_machine(results)}, by", "")
+    yield from ("```sh", results["command"], "```", "")
+    if results.get("interrupted"):
+        yield from ("The run was ended early: the last rows of this command are missing.", "")
     yield "Of each row the contenders take turns in one process, compiled beforehand."
     yield from ("", *(f"- {line}" for line in report.legend(results)), "")
     bars = [bar for row in results["rows"] for bar in row["bars"]]
-    met = sum(bar["met"] for bar in bars)
-    yield f"{met} of {len(bars)} bars are met; the others say NO below."
-    yield from ("", f"![Temporary memory over vocabulary and sequence length]({MEMORY})", "")
-    yield from (f"![Times beside those of other libraries, at the largest shapes]({TIMES})", "")
-    yield from ("## Accuracy", "")
+    if bars:
+        met = sum(bar["met"] for bar in bars)
+        yield from (f"{met} of {len(bars)} bars are met; the others say NO below.", "")
+    if results["memory"]:
+        yield f"![Temporary memory over vocabulary and sequence length]({name}_memory.png)"
+        yield ""
+    yield f"![Times beside those of other libraries, at the largest shapes]({name}_times.png)"
+    yield from ("", "## Accuracy", "")
     yield "The largest error of each contender over all rows below, in units in the last place."
     yield from ("", *_accuracy(results["rows"]))
     sections: dict[str, list[Any]] = {}
     for row in results["rows"]:
         sections.setdefault(report.name_of(row), []).append(row)
-    for name, rows in sections.items():
+    for kernel, rows in sections.items():
         lines = [[*map(_escape, line)] for row in rows for line in report.cells_of(row)]
-        yield from ("", f"## {name}", "", *_table(report.COLUMNS, lines))
-    yield from ("", "## Peak memory of a fresh process", "")
-    yield "It makes the arguments, compiles, and calls once; in MiB, Python and JAX counted in."
-    yield from ("", *_peaks(results["rows"]))
+        yield from ("", f"## {kernel}", "", *_table(report.COLUMNS, lines))
+    peaks = list(_peaks(results["rows"]))
+    if peaks:
+        yield from ("", "## Peak memory of a fresh process", "")
+        yield "It makes the arguments, compiles, and calls once; in MiB, all that it holds."
+        yield from ("", *_table(("kernel", "shape", OURS, "beside"), peaks))
 
 
 def _machine(results):
     of, versions = results["machine"], results["versions"]
-    where = of["processor"] if of["platform"] == "cpu" else of["device"]
+    where = f"{of['cores']} cores of {of['processor']}"
+    where = where if of["platform"] == "cpu" else f"one {of['device']}"
     libraries = ", ".join(
         f"{name} {versions[name]}" for name in ("jax", "optax", "torch") if name in versions
     )
-    return f"{of['cores']} cores of {where} ({of['system']}), {libraries}"
+    return f"{where} ({of['system']}), {libraries}"
 
 
 def _noise(results):
@@ -162,16 +193,14 @@ def _accuracy(rows) -> Iterator[str]:
     yield from _table(("kernel", "dtype", OURS, "beside"), lines)
 
 
-def _peaks(rows) -> Iterator[str]:
-    lines = []
+def _peaks(rows) -> Iterator[tuple[str, ...]]:
     for row in rows:
         entries = row["contenders"].items()
         peaks = {name: entry["peak_bytes"] for name, entry in entries if entry.get("peak_bytes")}
         if OURS in peaks:
             ours = report.mebibytes(peaks.pop(OURS))
             shape = report.shape_of(row)
-            lines.append((report.name_of(row), shape, ours, _each(peaks, report.mebibytes)))
-    yield from _table(("kernel", "shape", OURS, "beside"), lines)
+            yield report.name_of(row), shape, ours, _each(peaks, report.mebibytes)
 
 
 def _each(numbers, told):
@@ -190,17 +219,24 @@ def _escape(cell):
 
 def main() -> None:
     """Writes all of it."""
+    text = README.read_text(encoding="utf-8")
+    block = readme(*map(results_of, (CPU, GPU)))
+    README.write_text(BLOCK.sub(lambda _: block, text), encoding="utf-8")
+    for name in (CPU, GPU):
+        results = results_of(name)
+        (HERE / f"{name}.md").write_text(page(results, name), encoding="utf-8")
+        _draw(results, name)
+
+
+def _draw(results, name):
     from matplotlib.figure import Figure
 
     from jaxgrad.bench import figures
 
-    results = report.read(JSON)
-    PAGE.write_text(page(results), encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
-    README.write_text(BLOCK.sub(lambda _: readme(results), text), encoding="utf-8")
-    figure = Figure(figsize=(10, figures.MEMORY), layout="constrained")
-    figures.memory(figure, results)
-    figure.savefig(HERE / MEMORY, dpi=120)
+    if results["memory"]:
+        figure = Figure(figsize=(10, figures.MEMORY), layout="constrained")
+        figures.memory(figure, results)
+        figure.savefig(HERE / f"{name}_memory.png", dpi=120)
     largest = {}
     for row in results["rows"]:
         if row["what"] == "gradient" and row["ratios"]:
@@ -209,7 +245,7 @@ def main() -> None:
     shown = list(largest.values())
     figure = Figure(figsize=(10, figures.height(shown)), layout="constrained")
     figures.ratios(figure, shown)
-    figure.savefig(HERE / TIMES, dpi=120)
+    figure.savefig(HERE / f"{name}_times.png", dpi=120)
 
 
 if __name__ == "__main__":

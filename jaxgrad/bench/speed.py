@@ -74,6 +74,7 @@ def bench(
         except KeyboardInterrupt:
             interrupted = True
     del results["peaks"], results["given_up"]
+    results["interrupted"] = interrupted
     results["seconds"] = round(time.perf_counter() - start)
     report.show(results)
     if old is not None:

@@ -26,7 +26,6 @@ to its own maximum, ``merge`` and ``merge_shards`` add them. Sums keep their axi
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def measure(
             x_, top_, t_, rule_ = _apart(rule, x, top, t)  # shared, its scalars would be spread out
             return multiply(t_, -below(rule_, x_, top_, where)).sum(axis, keepdims=True)
 
-        plain, safe = gap(operator.mul), lambda: gap(numerics.safe_multiply)
+        plain, safe = gap(jnp.multiply), lambda: gap(numerics.safe_multiply)
         gaps = numerics.if_any(jnp.isnan(plain), safe, lambda: plain)
         part = part._replace(gap=gaps, mass=t.sum(axis, keepdims=True))
     if rule.label_smoothing is not None:
