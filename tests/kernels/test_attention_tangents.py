@@ -92,7 +92,7 @@ def test_every_order_and_transformation(x64, standard_promotion, unoptimised):
     close_to(*jax.jit(transformed, static_argnums=0)(twin))
 
 
-def test_the_matrix_is_never_held():
+def test_the_matrix_is_never_held(unoptimised):
     x = jax.ShapeDtypeStruct((1, 2048, 4, 64), "float32")
 
     def compiled(function, *args):

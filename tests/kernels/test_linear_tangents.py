@@ -147,7 +147,7 @@ def test_log_probs_and_an_unknown_label(unoptimised):
 
 
 @pytest.mark.parametrize("reduction", ["mean", None])
-def test_products_hold_two_tiles_where_the_gradient_holds_one(reduction):
+def test_products_hold_two_tiles_where_the_gradient_holds_one(reduction, unoptimised):
     """Read from the compiled program: nothing of tokens × classes in it, and its temporaries."""
     t, d, v = 1024, 256, 32768
     x, w = jax.ShapeDtypeStruct((t, d), "float32"), jax.ShapeDtypeStruct((d, v), "float32")
@@ -189,7 +189,7 @@ def test_products_hold_two_tiles_where_the_gradient_holds_one(reduction):
             assert products == expected, product
 
 
-def test_reverse_mode_needs_the_memory_of_the_rule():
+def test_reverse_mode_needs_the_memory_of_the_rule(unoptimised):
     """In bfloat16, where a whole w̄ in float32 would show."""
     x, w = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((256, 256), (256, 16384)))
     labels = jax.ShapeDtypeStruct((256,), "int32")
