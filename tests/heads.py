@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 def problem(rng, t, d, v, dtype=jnp.float32):
@@ -92,3 +93,12 @@ def assert_tokens_left_out(fused, x, w, labels, weights):
     bar = weights[kept] / (weights.sum() - weights[3])
     expected = truth(x[kept], w, np.zeros(v), labels[kept], bar)
     assert_near((x_bar[kept], w_bar), expected[3:5], 1e-6)
+
+
+def assert_derivatives_refused(fused, x, w, labels):
+    """Those to the options, and second ones."""
+    loss = lambda x, cap: fused(x, w, labels, logit_soft_cap=cap).sum()
+    with pytest.raises(NotImplementedError, match="no gradient for label_smoothing"):
+        jax.eval_shape(jax.grad(loss, 1), x, 3.0)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.eval_shape(jax.grad(lambda x: jax.grad(loss)(x, 3.0).sum()), x)
