@@ -76,7 +76,7 @@ def test_derivatives_that_it_does_not_have_are_refused(rng):
     heads.assert_derivatives_refused(fused, x, w, labels)
 
 
-@pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (1, 100, 11), (300, 8, 50257)])
+@pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (20, 50, 11), (300, 8, 50257)])
 @pytest.mark.parametrize("name", tiles.LARGEST)
 def test_tiles_are_as_triton_wants_them(name, t, d, v):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
