@@ -124,6 +124,17 @@ def push(f: Callable, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tu
     return jax.jvp(of_moving, [leaves[i] for i in moving], [dots[i] for i in moving])
 
 
+def refusing(f: Callable, message: str) -> Callable:
+    """``f``, and an error where it is differentiated."""
+    f = jax.custom_jvp(f)
+
+    @f.defjvp
+    def _(*_):
+        raise NotImplementedError(message)
+
+    return f
+
+
 def or_none(tangents: Any) -> Any:
     """``tangents`` with None for each that is known to be 0."""
     return jax.tree.map(

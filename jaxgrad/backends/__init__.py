@@ -87,7 +87,7 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
     if implementation is None:
         best = preferred(of)
         if best is None or obstacle is None:
-            return best or Choice("xla", _why_xla(others))
+            return best or Choice("xla", _why_xla(of))
         return Choice("xla", f"{best.name!r} {obstacle}")
     if not isinstance(implementation, str) or implementation not in ("xla", *others):
         names = " or ".join(repr(name) for name in (None, "xla", *others))
@@ -105,7 +105,8 @@ def choose(of: str, implementation: Any = None, obstacle: str | None = None) -> 
 
 def made_for_here(of: str) -> list[str]:
     """What a function has besides "xla" that was written for this platform."""
-    return _made_for_here(OTHERS.get(of, ()))
+    others = OTHERS.get(of, ())
+    return [name for name in others if name in DEVICES and DEVICES[name].platform == platform()]
 
 
 def preferred(of: str) -> Choice | None:
@@ -135,14 +136,10 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def _why_xla(others):
-    if not others:
+def _why_xla(of):
+    if of not in OTHERS:
         return "there is no other"
-    here = _made_for_here(others)
+    here = made_for_here(of)
     if not here:
         return f"no other runs on {platform()}"
     return f"alone in having every derivative; implementation={here[0]!r} may be faster"
-
-
-def _made_for_here(names):
-    return [name for name in names if name in DEVICES and DEVICES[name].platform == platform()]

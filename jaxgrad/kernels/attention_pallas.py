@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgrad import backends, numerics
+from jaxgrad import backends, modes, numerics
 from jaxgrad.backends import Choice
 from jaxgrad.kernels import attention_products, attention_tiles
 from jaxgrad.kernels.attention_arguments import OF
@@ -60,7 +60,7 @@ def implemented(
     runs = backends.choose(OF, implementation, obstacle)
     if runs.name != "xla" and runs.asked:
         refuse = f"{OF}: implementation={runs.name!r} has no gradient for bias, scale and "
-        terms = _raises(lambda terms: terms, refuse + "logits_soft_cap; 'xla' has")(terms)
+        terms = modes.refusing(lambda terms: terms, refuse + "logits_soft_cap; 'xla' has")(terms)
     return runs, (q, k, v, terms, masks)
 
 
@@ -128,7 +128,7 @@ def _backend(name) -> tuple[Any, bool]:
 def _instead(runs, kernel, loops):
     """``kernel``. If nobody named it, ``loops`` have its derivatives and all other platforms."""
     if runs.asked:
-        return _raises(kernel, f"{OF}: a second derivative needs implementation='xla'")
+        return modes.refusing(kernel, f"{OF}: a second derivative needs implementation='xla'")
     f = jax.custom_jvp(_where_it_runs(kernel, loops))
     f.defjvp(lambda primals, tangents: jax.jvp(loops, primals, tangents))
     return f
@@ -136,14 +136,3 @@ def _instead(runs, kernel, loops):
 
 def _where_it_runs(kernel, loops):
     return lambda *given: lax.platform_dependent(*given, cuda=kernel, default=loops)
-
-
-def _raises(f, message):
-    """``f``, and an error where it is differentiated."""
-    f = jax.custom_jvp(f)
-
-    @f.defjvp
-    def _(*_):
-        raise NotImplementedError(message)
-
-    return f

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgrad import backends
+from jaxgrad import backends, modes
 from jaxgrad.kernels import linear_tile
 from jaxgrad.kernels.linear_rows import Sums
 from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
@@ -87,15 +87,8 @@ def _kernels(implementation) -> Any:
 
 
 def _differentiable_once(f):
-    f = jax.custom_jvp(f)
-
-    @f.defjvp
-    def _(*_):
-        raise NotImplementedError(
-            "linear_softmax_cross_entropy: a second derivative needs implementation='xla'"
-        )
-
-    return f
+    needs = "a second derivative needs implementation='xla'"
+    return modes.refusing(f, f"linear_softmax_cross_entropy: {needs}")
 
 
 def _wide(plan, head):

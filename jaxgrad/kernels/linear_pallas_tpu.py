@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgrad.backends.pallas_tpu import loops
+from jaxgrad.backends.pallas_tpu.tiles import LANES
 from jaxgrad.kernels import linear_rows, linear_tile
 from jaxgrad.kernels.linear_rows import Sums
 from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
 
 DTYPES = (jnp.float32, jnp.bfloat16)
-LANES = 128  # of a vector register: a tile has a multiple of them
 
 
 def obstacle(chunk_size: Any) -> str | None:
