@@ -21,8 +21,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxgrad import modes
+from jaxgrad.kernels.linear_labels import SparseLabels
 from jaxgrad.kernels.linear_softmax_cross_entropy import linear_softmax_cross_entropy
-from jaxgrad.kernels.linear_tile import SparseLabels
 from jaxgrad.kernels.softmax import softmax, softmax_vjp
 from jaxgrad.numerics import Axis
 

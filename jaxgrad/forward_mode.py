@@ -25,7 +25,7 @@ from jaxgrad.kernels import (
     softmax_cross_entropy_with_integer_labels as _softmax_cross_entropy_with_integer_labels,
 )
 from jaxgrad.kernels import tanh as _tanh
-from jaxgrad.kernels.linear_tile import SparseLabels as SparseLabels
+from jaxgrad.kernels.linear_labels import SparseLabels as SparseLabels
 from jaxgrad.kernels.softmax import softmax_jacobian as softmax_jacobian
 from jaxgrad.kernels.softmax import softmax_vjp as softmax_vjp
 

@@ -11,8 +11,10 @@ Either loop can be differentiated, again and again, at the memory of one tile: w
 is computed anew rather than kept.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,14 +29,19 @@ class Room(NamedTuple):
 
     tokens: int
     classes: int
+    area: int  # tokens times classes
     kept_tokens: int = 0  # at a time, where the classes are all
     kept_bytes: int = 0
 
+    def keeps(self, tokens: int, classes: int) -> bool:
+        """Whether so many logits are kept: of fewer tokens, products would be slower than new."""
+        return 0 < min(tokens, self.kept_tokens) * classes * 4 <= self.kept_bytes
+
 
 # A tile of 4 MiB stays in a cache; with more kept tokens its products would not be faster.
-CPU = Room(tokens=1024, classes=1024, kept_tokens=512, kept_bytes=64 * 2**20)
+CPU = Room(tokens=1024, classes=2048, area=2**20, kept_tokens=512, kept_bytes=2**27)
 # Smaller products leave an H100 idle, and it computes logits anew as fast as it reads kept ones.
-GPU = Room(tokens=4096, classes=8192)
+GPU = Room(tokens=4096, classes=8192, area=2**25)
 
 
 def room(platform: str) -> Room:
@@ -44,10 +51,13 @@ def room(platform: str) -> Room:
 
 def tile_sizes(tokens: int, classes: int, keeps_logits: bool, room: Room) -> tuple[int, int]:
     """How many tokens and classes make a tile of logits."""
-    limit = room.tokens
-    if keeps_logits:
-        limit = min(room.kept_tokens, max(room.kept_bytes // (4 * max(classes, 1)), 1))
-    return even(tokens, limit, 8), even(classes, room.classes, 16)
+    tokens = even(tokens, room.kept_tokens if keeps_logits else room.tokens, 8)
+    return tokens, class_tile(tokens, classes, room)
+
+
+def class_tile(tokens: int, classes: int, room: Room) -> int:
+    """How many classes make a tile of so many tokens."""
+    return even(classes, min(room.classes, max(room.area // max(tokens, 1), 1)), 16)
 
 
 def even(total: int, limit: int, multiple: int = 1) -> int:
@@ -132,6 +142,7 @@ def product(
     But few CPUs multiply 16-bit numbers, and XLA widens them inside the product, again and again.
     There both are widened before it, and none is rounded; without ``branches``, nowhere.
     """
+    narrowest = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
 
     def of(factors: Any) -> Callable[[Array, Array], Array]:
         return lambda a, b: lax.dot_general(
@@ -142,10 +153,25 @@ def product(
             preferred_element_type=dtype,
         )
 
-    narrowest = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
-    if jnp.finfo(narrowest).bits >= 32 or not branches:
+    if jnp.finfo(narrowest).bits >= 32 or multiplies(narrowest) or not branches:
         return of(narrowest)(a, b)
     return lax.platform_dependent(a, b, cpu=of(dtype), default=of(narrowest))
+
+
+def multiplies(dtype: Any) -> bool:
+    """Whether the CPU of this machine has products of ``dtype``, 16 bits wide, that XLA uses."""
+    return dtype == jnp.bfloat16 and "amx_bf16" in _cpu_flags()
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """What the CPU has beside the common instructions; nothing where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, "").split())
 
 
 def take(x: Array, start: Any, size: int, axis: int) -> Array:
@@ -171,6 +197,24 @@ def only(new: Array | None, tree: Any) -> Any:
 def put(x: Array, tile: Array, *start: Any) -> Array:
     """``x`` with ``tile`` at ``start``, one index an axis, rounded to the dtype of ``x``."""
     return lax.dynamic_update_slice(x, tile.astype(x.dtype), _int32(start))
+
+
+def put_part(x: Array, tile: Array, start: Any, axis: int) -> Array:
+    """``x`` with ``tile`` from ``start`` on along ``axis``, which :func:`parted` may have cut."""
+    if x.ndim > tile.ndim:
+        start, tile = start // tile.shape[axis], jnp.expand_dims(tile, axis)
+    return put(x, tile, *(start if i == axis else 0 for i in range(x.ndim)))
+
+
+def parted(x: Array, size: int, axis: int) -> Array:
+    """``x`` with one axis cut into parts of ``size``, if that divides it, for :func:`put_part`.
+
+    XLA's CPU puts a tile of 16 bits by a pass over all of an array, which is several times as fast
+    where the tiles have an axis of their own.
+    """
+    if x.shape[axis] % size:
+        return x
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
 def add(x: Array, tile: Array, *start: Any) -> Array:

@@ -56,10 +56,13 @@ def test_tiles_are_even_and_within_their_limit():
 def test_kept_logits_stay_within_the_budget(tokens, classes):
     room = tiling.room("cpu")
     rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=True, room=room)
-    assert rows == 1 or 4 * rows * classes <= room.kept_bytes
-    assert 1 <= columns <= room.classes
+    assert 1 <= columns <= room.classes and rows * columns <= room.area
+    fits = tokens and 4 * min(tokens, room.kept_tokens) * classes <= room.kept_bytes
+    assert room.keeps(tokens, classes) == bool(fits and classes)
+    assert not room.keeps(tokens, classes) or 4 * rows * classes <= room.kept_bytes
+    assert not tiling.room("gpu").keeps(tokens, classes)
     rows, columns = tiling.tile_sizes(tokens, classes, keeps_logits=False, room=room)
-    assert rows <= room.tokens and columns <= room.classes
+    assert rows <= room.tokens and columns <= room.classes and rows * columns <= room.area
 
 
 def test_the_derivative_of_a_fold_is_that_of_the_loop():
@@ -77,8 +80,14 @@ def test_the_derivative_of_a_fold_is_that_of_the_loop():
     )
 
 
-@pytest.mark.parametrize("platform, factors", [("cpu", "f32"), ("tpu", "bf16")])
-def test_factors_are_widened_on_a_cpu_and_rounded_elsewhere(platform, factors):
+@pytest.mark.parametrize(
+    "platform, flags, factors",
+    [("cpu", {"avx2"}, "f32"), ("cpu", {"avx2", "amx_bf16"}, "bf16"), ("tpu", {"avx2"}, "bf16")],
+)
+def test_factors_are_rounded_where_there_is_a_product_of_16_bits(
+    platform, flags, factors, monkeypatch
+):
+    monkeypatch.setattr(tiling, "_cpu_flags", lambda: flags)
     a, b = jnp.ones((2, 3), "bfloat16"), jnp.ones((3, 2))
     dimensions = (((1,), (0,)), ((), ()))
     product = jax.jit(lambda a, b: tiling.product(a, b, dimensions, "float32"))

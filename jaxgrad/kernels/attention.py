@@ -37,7 +37,7 @@ from jaxgrad.backends import Choice, Implementation
 from jaxgrad.kernels import attention_arguments as arguments
 from jaxgrad.kernels import attention_pallas, attention_tangents
 from jaxgrad.kernels.attention_parts import Part, merge, nothing
-from jaxgrad.kernels.attention_products import dot, dot_heads, dot_rows, logits
+from jaxgrad.kernels.attention_products import dot, dot_each, dot_heads, dot_rows, logits
 from jaxgrad.kernels.attention_tiles import Band, Masks, Plan, Terms
 from jaxgrad.kernels.tanh import cap_slope, sech2
 from jaxgrad.modes import Mode
@@ -184,7 +184,7 @@ def _attention(
     return _fwd(runs, band, q, k, v, terms, masks)[0]
 
 
-def _forward(band, q, k, v, terms, masks):
+def _forward(band, q, k, v, terms, masks, narrow=numerics.narrow):
     plan = Plan(q, k, band)
 
     def heads(_, of_heads):
@@ -203,7 +203,8 @@ def _forward(band, q, k, v, terms, masks):
                 return merge(part, Part(o, m, excess))
 
             _, start = sharding.lift((q, nothing(q_, v)))
-            return None, plan.over_keys(tile, start, rows)
+            part = plan.over_keys(tile, start, rows)
+            return None, part._replace(o=narrow(part.o, like=q_))
 
         return None, plan.over_queries(block, None, at)[1]
 
@@ -213,20 +214,20 @@ def _forward(band, q, k, v, terms, masks):
 def _fwd(runs, band, *given):
     forward = attention_pallas.forward(runs, band, functools.partial(_forward, band))
     o, m, excess = forward(*given)
-    o, m, excess = checkpoint_name((numerics.narrow(o, like=given[0]), m, excess), arguments.OF)
+    o, m, excess = checkpoint_name((o, m, excess), arguments.OF)
     return (o, numerics.log_sum_exp(m, excess)), (*given, o, m, excess)
 
 
 def _bwd(runs, band, residuals, bars):
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
-    mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar  # (2)
+    mean = dot_each(o, o_bar) - l_bar  # (2)
     backward = attention_pallas.backward(runs, band, functools.partial(_backward, band))
     out = backward(q, k, v, terms, masks, o_bar, mean, m, excess)
     return *jax.tree.map(numerics.narrow, out, (q, k, v, terms)), None
 
 
-def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
+def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess, narrow=numerics.narrow):
     plan = Plan(q, k, band)
 
     def zeros(tree):
@@ -256,13 +257,13 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess):
 
         carry = (*zeros((k, v)), terms_bar)
         (k_bar, v_bar, terms_bar), q_bar = plan.over_queries(block, carry, at)
-        return terms_bar, (q_bar, k_bar, v_bar)
+        of_scale = dot_each(q_bar, q).sum()
+        terms_bar = terms_bar._replace(scale=terms_bar.scale + of_scale)
+        bars = terms.scale * q_bar, terms.scale * k_bar, v_bar
+        return terms_bar, tuple(map(narrow, bars, (q, k, v)))
 
-    terms_bar, (q_bar, k_bar, v_bar) = plan.over_heads(
-        heads, zeros(terms), q, k, v, o_bar, mean, m, excess
-    )
-    terms_bar = terms_bar._replace(scale=(q_bar * numerics.widen(q)).sum())
-    return terms.scale * q_bar, terms.scale * k_bar, v_bar, terms_bar
+    terms_bar, bars = plan.over_heads(heads, zeros(terms), q, k, v, o_bar, mean, m, excess)
+    return *bars, terms_bar
 
 
 _attention.defvjp(_fwd, _bwd)

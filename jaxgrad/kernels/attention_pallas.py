@@ -87,11 +87,7 @@ def forward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[...
     def kernel(*given):
         return backend.forward(ENTRY, band, *given, interpret)
 
-    def narrow(q, *given):
-        o, *rows = loops(q, *given)
-        return numerics.narrow(o, like=q), *rows
-
-    return _instead(runs, kernel, narrow)
+    return _instead(runs, kernel, loops)
 
 
 def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,13 +102,10 @@ def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..
         bars = backend.backward(ENTRY, band, *given, interpret)
         return tuple(map(numerics.narrow, bars, (q, k, v)))
 
-    def narrow(q, k, v, *given):
-        return tuple(map(numerics.narrow, loops(q, k, v, *given)[:3], (q, k, v)))
-
     def run(*given):
         # Where nobody asks for the last, nothing of these loops is left.
         rest = jax.tree.map(jnp.zeros_like, given[3]) if runs.asked else loops(*given)[3]
-        return *_instead(runs, kernel, narrow)(*given), rest
+        return *_instead(runs, kernel, lambda *given: loops(*given)[:3])(*given), rest
 
     return run
 

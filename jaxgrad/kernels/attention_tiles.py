@@ -26,13 +26,12 @@ class Room(NamedTuple):
     """The largest tile."""
 
     queries: int
-    keys: int  # where none are hidden: nothing to merge, up to so many
-    band_keys: int  # where whole tiles may be hidden: the narrower, the more of them are
+    keys: int  # the fewer, the more of them are hidden whole; the more, the faster are products
     area: int  # of all its heads together
 
 
-CPU = Room(queries=256, keys=2048, band_keys=512, area=2**18)  # stays in a cache
-GPU = Room(queries=1024, keys=1024, band_keys=1024, area=2**25)  # a smaller one leaves it idle
+CPU = Room(queries=512, keys=1024, area=2**19)  # stays in a cache
+GPU = Room(queries=1024, keys=1024, area=2**25)  # a smaller one leaves it idle
 
 
 def room() -> Room:
@@ -203,8 +202,7 @@ def lengths(queries: int, keys: int, group: int, band: Band) -> tuple[int, int, 
     rows = tiling.even(queries, max(1, rows), 8)
     if band.left is not None and band.right is not None:
         width = min(max(rows + band.left + band.right, 0), keys)
-    hides = (band.left is None) != (band.right is None)
-    return rows, width, tiling.even(width, most.band_keys if hides else most.keys, 8)
+    return rows, width, tiling.even(width, most.keys, 8)
 
 
 def first_key(first: Any, width: int, keys: int, band: Band) -> Any:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgrad import backends, numerics, sharding, tiling
-from jaxgrad.kernels.linear_tile import Head, Labels, Plan, SparseLabels, Tokens, index_state
+from jaxgrad.kernels.linear_labels import Labels, SparseLabels, index_state
+from jaxgrad.kernels.linear_tile import Head, Plan, Tokens
 from jaxgrad.kernels.loss_options import as_scalars, lifted
 from jaxgrad.kernels.row_rule import Rule
 
@@ -70,7 +71,8 @@ def arguments(
     labels = _as_labels(of, labels, lead, v, classes, ignore_index)
     accumulate = wide if wide.itemsize > 4 else jnp.dtype(accumulate_dtype)
     t, room = math.prod(lead), tiling.room(backends.platform())
-    keeps_logits = reduces and room.kept_bytes > 0 and fsdp_axis is None
+    fits = room.keeps(t, v) if chunk_size is None else room.kept_bytes > 0
+    keeps_logits = reduces and fsdp_axis is None and fits
     plan = Plan(
         v=v,
         vocab_axis=vocab_axis,
@@ -148,5 +150,5 @@ def _tile(of, t, v, keeps_logits, chunk_size, room) -> tuple[int, int]:
     tokens, classes = chunk_size if isinstance(chunk_size, tuple) else (chunk_size, None)
     if tokens < 1 or (classes is not None and classes < 1):
         raise ValueError(f"{of}: chunk_size must be positive, got {chunk_size}")
-    classes = tiling.even(v, room.classes, 16) if classes is None else min(classes, v)
-    return min(tokens, t), classes
+    tokens = min(tokens, t)
+    return tokens, tiling.class_tile(tokens, v, room) if classes is None else min(classes, v)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import CustomVJPPrimal
 
-from jaxgrad.kernels.linear_tile import Bars, Head, Plan, SparseLabels, Tokens, Wanted
+from jaxgrad.kernels.linear_labels import SparseLabels
+from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Rule
 
 

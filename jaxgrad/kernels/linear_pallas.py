@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgrad import backends, modes
-from jaxgrad.kernels import linear_tile
+from jaxgrad.kernels import linear_labels
 from jaxgrad.kernels.linear_rows import Sums
 from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Part, Rule
@@ -37,7 +37,7 @@ def _obstacle(kernels, plan, head, tokens, mode, chunk_size):
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if mode != "reverse":
         return "has a backward rule alone"
-    if not linear_tile.is_integer(tokens.labels):
+    if not linear_labels.is_integer(tokens.labels):
         return "takes integer labels alone"
     if tokens.where is not None:
         return "takes no where"

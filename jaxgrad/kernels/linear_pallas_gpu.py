@@ -97,7 +97,7 @@ def pull_back(
         )
         w_bar = None if wanted.w is None else jnp.zeros_like(some.w, plan.accumulate)
         new = linear_tile.add_products(
-            plan, wanted, bars._replace(w=w_bar), some, tokens.x, x_bar, None, 0, 0
+            plan, wanted, bars._replace(w=w_bar), some, tokens, x_bar, None, 0, 0
         )
         if wanted.w is not None:
             corner = linear_tile.along(plan, first)

@@ -8,7 +8,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from jaxgrad.kernels import linear_tile, loss_options, row_rule
-from jaxgrad.kernels.linear_tile import Head, Labels, Plan, Tokens
+from jaxgrad.kernels.linear_labels import Labels, is_integer
+from jaxgrad.kernels.linear_tile import Head, Plan, Tokens
 from jaxgrad.kernels.row_rule import Part, Rule
 
 Sums = tuple[Part, Array]  # of the row rule, and the best class
@@ -39,7 +40,7 @@ def merge(rule: Rule, a: Sums, b: Sums) -> Sums:
 
 def finish(plan: Plan, tokens: Tokens, rule: Rule, part: Part, best: Array) -> tuple[Rows, Part]:
     """The rows, and the sums as the backward takes them."""
-    integer, some = linear_tile.is_integer(tokens.labels), None
+    integer, some = is_integer(tokens.labels), None
     if integer and tokens.where is not None:
         some = jnp.broadcast_to(tokens.where.any(1, keepdims=True), part.gap.shape)
     part, best, some = linear_tile.merge_shards(plan, tokens, rule, part, best, some)

@@ -28,7 +28,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxgrad import modes, sharding, tiling
+from jaxgrad import backends, modes, sharding, tiling
 from jaxgrad.kernels import (
     linear_bars,
     linear_fsdp,
@@ -37,8 +37,9 @@ from jaxgrad.kernels import (
     linear_tile,
     row_rule,
 )
+from jaxgrad.kernels.linear_labels import Labels
 from jaxgrad.kernels.linear_rows import Rows
-from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, Tokens, Wanted
+from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
 from jaxgrad.kernels.loss_options import add_rules
 from jaxgrad.kernels.row_rule import Part, Rule
 
@@ -122,11 +123,13 @@ def _other_loops(plan: Plan) -> Any:
 @_in_halves
 def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
+    turned = _turned(tokens.x)
 
     def block(bars, first, size, _):
         def classes(bars, column, width, _):
             def chunk(bars, row, size, new):
                 some, part_, row_bars_ = tiling.rows((tokens, part, row_bars), row, size)
+                some = some._replace(turned=_some_turned(turned, row, size))
                 x = linear_tile.logits(plan, head, some.x, first + column, width)
                 return linear_tile.pull_back(
                     plan,
@@ -151,8 +154,7 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
         )
         sums, _ = tiling.fold(classes, sums, size, plan.tile[1])
         if wanted.w is not None:
-            corner = linear_tile.along(plan, first)
-            sums = sums._replace(w=tiling.put(bars.w, sums.w, *corner))
+            sums = sums._replace(w=tiling.put_part(bars.w, sums.w, first, plan.vocab_axis))
         if wanted.bias is not None:
             sums = sums._replace(bias=tiling.put(bars.bias, sums.bias, first))
         return sums, ()
@@ -160,13 +162,19 @@ def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     bars = zero._replace(
         w=linear_bars.cast(zero.w, wanted.w), bias=linear_bars.cast(zero.bias, wanted.bias)
     )
-    return tiling.fold(block, bars, plan.v, block_size(plan, wanted.w))[0]
+    size = block_size(plan, wanted.w)
+    if wanted.w is not None:
+        bars = bars._replace(w=tiling.parted(bars.w, size, plan.vocab_axis))
+    bars, _ = tiling.fold(block, bars, plan.v, size)
+    return bars if wanted.w is None else bars._replace(w=bars.w.reshape(head.w.shape))
 
 
 def block_size(plan: Plan, w_dtype: Any) -> int:
     """How many classes of w̄, if one is wanted, are summed before they are rounded."""
-    rounds = w_dtype is not None and w_dtype != plan.accumulate
-    return tiling.even(plan.v, -(-plan.v // BLOCKS), 16) if rounds else plan.v
+    if w_dtype is None or w_dtype == plan.accumulate:
+        return plan.v
+    count = next((n for n in range(BLOCKS, 2 * BLOCKS) if plan.v % n == 0), BLOCKS)
+    return -(-plan.v // count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,6 +201,7 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
         row_bars = linear_rows.row_bars(plan, some.labels, tiling.only(new, scale_))
         of_rows = (rule, part, row_bars)
         of_classes = sharding.lift(of_rows, plan.axis_name)
+        some = some._replace(turned=_turned(some.x))
 
         def classes(bars, column, _, x):
             return linear_tile.pull_back(
@@ -244,6 +253,15 @@ def _stream(
     nothing = linear_tile.nothing(plan, tokens, rule)
     (part, best), kept = tiling.fold(merge, nothing, plan.v, plan.tile[1])
     return part, best, kept
+
+
+def _turned(x: Array) -> Array | None:
+    """``x`` transposed, once for all tiles: XLA's CPU is slow to contract the first of two axes."""
+    return x.T if backends.platform() == "cpu" else None
+
+
+def _some_turned(turned: Array | None, row: Any, size: int) -> Array | None:
+    return None if turned is None else tiling.take(turned, row, size, 1)
 
 
 def _without_ignored(plan: Plan, tokens: Tokens) -> Tokens:

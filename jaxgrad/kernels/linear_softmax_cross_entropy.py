@@ -29,7 +29,7 @@ from jaxgrad.kernels import (
     linear_tangents,
     linear_tile,
 )
-from jaxgrad.kernels.linear_tile import SparseLabels
+from jaxgrad.kernels.linear_labels import SparseLabels
 from jaxgrad.kernels.loss_options import make_rule, mean_weights
 from jaxgrad.modes import Mode
 

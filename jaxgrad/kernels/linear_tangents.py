@@ -22,8 +22,9 @@ from jax import Array, lax
 
 from jaxgrad import modes, sharding, tiling
 from jaxgrad.kernels import linear_rows, linear_schedules, linear_tile, row_tangent
+from jaxgrad.kernels.linear_labels import Labels, SparseLabels
 from jaxgrad.kernels.linear_rows import Rows
-from jaxgrad.kernels.linear_tile import Bars, Head, Labels, Plan, SparseLabels, Tokens, Wanted
+from jaxgrad.kernels.linear_tile import Bars, Head, Plan, Tokens, Wanted
 from jaxgrad.kernels.row_rule import Rule
 
 

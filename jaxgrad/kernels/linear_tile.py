@@ -13,25 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgrad import numerics, sharding, tiling
+from jaxgrad import backends, numerics, sharding, tiling
 from jaxgrad.kernels import row_rule
+from jaxgrad.kernels.linear_labels import (
+    IGNORED,
+    UNKNOWN,
+    Labels,
+    SparseLabels,
+    entries,
+    is_dense,
+    is_integer,
+)
 from jaxgrad.kernels.loss_options import add_rules
 from jaxgrad.kernels.row_rule import Part, Rule
-
-
-class SparseLabels(NamedTuple):
-    """Soft labels that are 0 but for k classes a token: the top k of a teacher, say.
-
-    Args:
-      indices: Classes, ``int[..., k]``. A class named twice counts with the sum of its entries.
-      probs: Their probabilities, ``float[..., k]``. They need not sum to 1.
-    """
-
-    indices: Any
-    probs: Any
-
-
-Labels = Array | SparseLabels  # int[t, 1], float[t, v], or [t, k]
 
 
 class Plan(NamedTuple):
@@ -67,6 +61,7 @@ class Tokens(NamedTuple):
     labels: Labels
     where: Array | None  # [1, v] or [t, v]
     first: Array | None = None  # [1, 1], the index of this shard's first class
+    turned: Array | None = None  # x transposed, where w̄ is to be made of that
 
 
 @jax.tree_util.register_static
@@ -91,16 +86,6 @@ class Bars(NamedTuple):
     rule: Any = None
 
 
-UNKNOWN, IGNORED = -1, -2  # an index out of range, and one to be left out: no tile holds them
-
-
-def index_state(labels: Array, v: int, ignore_index: int | None) -> Array:
-    """Integer labels as int32 indices in [0, v), or ``UNKNOWN``, or ``IGNORED``."""
-    known = (labels >= 0) & (labels < v)
-    index = jnp.where(known, labels, UNKNOWN).astype(jnp.int32)
-    return index if ignore_index is None else jnp.where(labels == ignore_index, IGNORED, index)
-
-
 def row_state(plan: Plan, labels: Labels) -> tuple[Array | None, Array | None]:
     """Which tokens are ignored, and which have a label out of range: ``bool[t, 1]`` or None."""
     if is_dense(labels):
@@ -108,16 +93,6 @@ def row_state(plan: Plan, labels: Labels) -> tuple[Array | None, Array | None]:
     index = labels.indices if isinstance(labels, SparseLabels) else labels
     ignored = (index == IGNORED).all(1, keepdims=True) if plan.ignores else None
     return ignored, (index == UNKNOWN).any(1, keepdims=True)
-
-
-def is_dense(labels: Labels) -> bool:
-    """Whether there is a float for every class."""
-    return not isinstance(labels, SparseLabels) and jnp.issubdtype(labels.dtype, jnp.floating)
-
-
-def is_integer(labels: Labels) -> bool:
-    """Whether there is one class a token."""
-    return not (isinstance(labels, SparseLabels) or is_dense(labels))
 
 
 def logits(plan: Plan, head: Head, x: Array, start: Any, size: int) -> Array:
@@ -137,7 +112,7 @@ def targets(plan: Plan, labels: Labels, start: Any, size: int) -> Array:
     """The targets of these classes as the row rule takes them."""
     if isinstance(labels, SparseLabels):
         probs = labels.probs.astype(plan.wide)
-        at, _ = _entries(labels, start, size)
+        at, _ = entries(labels, start, size)
         rows = jnp.arange(len(probs))[:, None]
         return jnp.zeros((len(probs), size), plan.wide).at[rows, at].add(probs, mode="drop")
     if is_dense(labels):
@@ -158,19 +133,31 @@ def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tup
     """The sums of this tile, and its best class."""
     where = _columns(tokens.where, start, x.shape[1])
     labels = _own(tokens)
-    t = targets(plan, labels, start, x.shape[1])
-    if t.dtype == bool:
+    if is_integer(tokens.labels):
         in_kernel = plan.implementation != "xla"
         part = row_rule.measure(rule, x, None, where, (1,), plan.entropy, in_kernel)
-        gap = jnp.where(t, -row_rule.below(rule, x, part.top, where), 0)
         inside = (labels >= start) & (labels < start + x.shape[1])
-        part = part._replace(gap=gap.sum(1, keepdims=True), mass=inside.astype(plan.wide))
+        gap = _gap(plan, rule, x, labels - start, inside, part.top, where)
+        part = part._replace(gap=gap, mass=inside.astype(plan.wide))
     else:
+        t = targets(plan, labels, start, x.shape[1])
         part = row_rule.measure(rule, x, t, where, (1,), plan.entropy)
     if not plan.argmax:
         return part, jnp.zeros_like(part.top, jnp.int32)
     best = lax.argmax(numerics.masked(x, where), 1, jnp.int32)
     return part, start + best[:, None]
+
+
+def _gap(plan, rule, x, at, inside, top, where):
+    """How far the class ``at`` is below the ``top`` of each token; 0 where it is not in the tile."""
+    if plan.implementation != "xla" or backends.platform() != "cpu":
+        of_all = -row_rule.below(rule, x, top, where)
+        t = lax.broadcasted_iota(jnp.int32, x.shape, 1) == at
+        return jnp.where(t, of_all, 0).sum(1, keepdims=True)
+    at = jnp.where(inside, at, 0)  # picked: no pass over the tile, which would not fuse there
+    pick = lambda z: jnp.take_along_axis(z, at, 1)
+    some = None if where is None else pick(jnp.broadcast_to(where, x.shape))
+    return jnp.where(inside, -row_rule.below(rule, pick(x), top, some), 0)
 
 
 def merge_shards(
@@ -227,7 +214,7 @@ def pull_back(
     if wanted.labels is not None:
         t_bar = row_rule.to_targets(rule, x, t, where, part, row_bars[0])
         if isinstance(labels, SparseLabels):
-            at, inside = _entries(labels, column, x.shape[1])
+            at, inside = entries(labels, column, x.shape[1])
             t_bar = jnp.take_along_axis(t_bar, jnp.where(inside, at, 0), 1)
             probs_bar = tiling.add(bars.labels.probs, jnp.where(inside, t_bar, 0), row, 0)
             bars = bars._replace(labels=SparseLabels(None, probs_bar))
@@ -235,21 +222,32 @@ def pull_back(
             bars = bars._replace(labels=tiling.add(bars.labels, t_bar, row, column))
     if wanted.bias is not None:
         bars = bars._replace(bias=tiling.add(bars.bias, x_bar.sum(0), w_at))
-    return add_products(plan, wanted, bars, head, tokens.x, x_bar, column, x_at, w_at)
+    return add_products(plan, wanted, bars, head, tokens, x_bar, column, x_at, w_at)
 
 
-def add_products(plan, wanted, bars, head, x, x_bar, start, x_at, w_at) -> Bars:
+def add_products(plan, wanted, bars, head, tokens, x_bar, start, x_at, w_at) -> Bars:
     """``bars`` with the products of (2) added, for the classes of ``x_bar`` from ``start`` on."""
+    x, turned = tokens.x, tokens.turned
     dtype = bar_dtype(plan, x)
     if wanted.x is not None:
         w = _classes(plan, head.w, start, x_bar.shape[1])
         h_bar = _dot(plan, x_bar, 1, w, plan.vocab_axis, rounds=dtype == w.dtype)
         bars = bars._replace(x=tiling.add(bars.x, h_bar, x_at, 0))
     if wanted.w is not None:
-        pair = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
-        w_bar = _dot(plan, pair[0], 0, pair[1], 0, rounds=dtype == x.dtype)
+        w_bar = _rows_product(plan, x, turned, x_bar, rounds=dtype == x.dtype)
         bars = bars._replace(w=tiling.add(bars.w, w_bar, *along(plan, w_at)))
     return bars
+
+
+def _rows_product(plan, x, turned, x_bar, rounds):
+    """Σ_i h_i x̄_ij, as w lies."""
+    if turned is None:
+        pair = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
+        return _dot(plan, pair[0], 0, pair[1], 0, rounds)
+    # Were a transpose folded into it, XLA's CPU might be left a product that it cannot run.
+    turned = lax.optimization_barrier(turned)
+    w_bar = _dot(plan, turned, 1, x_bar, 0, rounds)
+    return w_bar if plan.vocab_axis == 1 else lax.optimization_barrier(w_bar).T
 
 
 def bar_dtype(plan: Plan, x: Array) -> Any:
@@ -278,11 +276,6 @@ def _classes(plan, w, start, size):
 
 def _columns(where, start, size):
     return None if where is None else tiling.take(where, start, size, 1)
-
-
-def _entries(labels, start, size):  # where the k classes stand in a tile; ``size``: not in it
-    inside = (labels.indices >= start) & (labels.indices < start + size)
-    return jnp.where(inside, labels.indices - start, size), inside
 
 
 def _dot(plan, a, a_axis, b, b_axis, rounds=False):

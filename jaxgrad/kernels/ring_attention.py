@@ -168,11 +168,15 @@ def _ring(
     return numerics.narrow(o, like=q), numerics.log_sum_exp(m, excess)
 
 
+def _wide(x, like):  # what blocks give is rounded once, when they are together
+    return x
+
+
 def _forward(ring, q, k, v, terms, masks):  # (1)
     def see(j, keys, band):
         k, v, ids = keys
         terms_, masks_ = ring.block(j, q, k, terms, masks, ids)
-        return attention._forward(band, q, k, v, terms_, masks_)
+        return attention._forward(band, q, k, v, terms_, masks_, _wide)
 
     def merged(part, j, keys, band):
         more = lambda: attention_parts.merge(part, see(j, keys, band))
@@ -201,7 +205,7 @@ def _fwd(ring, q, k, v, terms, masks):
 def _bwd(ring, residuals, bars):  # (2)
     q, k, v, terms, masks, o, m, excess = residuals
     o_bar, l_bar = bars
-    mean = (numerics.widen(o) * numerics.widen(o_bar)).sum(-1, keepdims=True) - l_bar
+    mean = attention.dot_each(o, o_bar) - l_bar
 
     def added(before, j, keys, band):
         def more():
@@ -209,7 +213,7 @@ def _bwd(ring, residuals, bars):  # (2)
             k, v, ids = keys
             terms_, masks_ = ring.block(j, q, k, terms, masks, ids)
             q_bar_, k_bar, v_bar, block_bar = attention._backward(
-                band, q, k, v, terms_, masks_, o_bar, mean, m, excess
+                band, q, k, v, terms_, masks_, o_bar, mean, m, excess, _wide
             )
             stays = (q_bar + q_bar_, ring.with_block(j, k, terms_bar, block_bar))
             return stays, jax.tree.map(jnp.add, travels, (k_bar, v_bar))

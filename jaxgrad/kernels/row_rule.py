@@ -90,7 +90,9 @@ def measure(
     x = numerics.masked(x, where, 0)
 
     def d() -> Array:
-        x_, top_, rule_ = (x, top, rule) if in_kernel else _apart(rule, x, top)
+        # With the gradient it shares the exponential, in place of which that is then made.
+        shared = in_kernel or (t is None and numerics.is_wide(x))
+        x_, top_, rule_ = (x, top, rule) if shared else _apart(rule, x, top)
         return below(rule_, x_, top_, where)
 
     part = Part(top, numerics.row_excess(d, axis, branches=not in_kernel))

@@ -21,7 +21,7 @@ from jax import P, lax
 from jax.sharding import AxisType, NamedSharding
 
 from jaxgrad import numerics, sharding
-from jaxgrad.kernels.linear_tile import SparseLabels
+from jaxgrad.kernels.linear_labels import SparseLabels
 from jaxgrad.sharding import AxisName
 
 

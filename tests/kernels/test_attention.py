@@ -18,7 +18,7 @@ from jaxgrad.kernels.attention import dot_product_attention
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Blocks of 8 queries, so that short sequences have many tiles, ragged and rolled ones."""
-    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(16, 16, 16, area=512))
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(16, 16, area=512))
     monkeypatch.setattr(attention_tiles, "NARROWEST", 4)
     attention._jit.clear_cache()
     yield
@@ -396,7 +396,7 @@ def test_memory_is_linear(order, options):
         return jax.grad(lambda q: sum((x**2).sum() for x in gradient(q, k, v)))(q)
 
     f = gradient if order == 1 else second
-    lengths = (1024, 2048)
+    lengths = (2048, 4096)
     programs = [compiled(f, t) for t in lengths]
     for program, t in zip(programs, lengths, strict=True):
         arrays = shapes(program.as_text())
@@ -436,8 +436,8 @@ def test_tiles_cover_what_a_query_sees(band, sizes):
 def test_hidden_tiles_are_not_computed():
     share = lambda *band: visited(4096, 4096, 1, *band).mean()
     assert share(None, None) == 1
-    assert share(None, 0) <= 0.5 + 1 / 16
-    assert share(0, None) <= 0.5 + 1 / 16
+    assert share(None, 0) <= 0.5 + 1 / 8
+    assert share(0, None) <= 0.5 + 1 / 8
     assert share(256, 0) <= 2 * 256 / 4096
     assert share(100, 100) <= 2 * 200 / 4096
     branches = lambda **options: str(
@@ -474,7 +474,7 @@ def test_derivatives_of_second_order(standard_promotion):
 @pytest.mark.parametrize("size", [3, 0])
 def test_hessian(size, monkeypatch):
     """By all arguments at once, over two tiles of keys; at 0 the maxima of both are the same."""
-    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(2, 2, 2, area=8))
+    monkeypatch.setattr(attention_tiles, "CPU", attention_tiles.Room(2, 2, area=8))
     x = size * jax.random.normal(jax.random.key(0), (3, 1, 3, 1, 2))
     x = x.at[2].add(jnp.arange(6.0).reshape(1, 3, 1, 2))
     square = lambda f: lambda x: (f(*x, is_causal=True) ** 2).sum()

@@ -135,12 +135,12 @@ def test_what_features_cost(gather_once):
     t, d, v = 4096, 256, 32768
     axes = {"batch_axes": "data", "fsdp_axis": "data", "gather_once": gather_once}
     program = traced(mesh_of(data=8), t, d, v, **axes).lower().compile()
-    width = v if gather_once else 1024
+    width = v if gather_once else 2048
     collected = ("all-gather", (f"f32[{d},{width}]",), not gather_once)
     scattered = ("reduce-scatter", (f"f32[{d // 8},{width}]",), not gather_once)
     assert large(program) == [collected] * (1 if gather_once else 2) + [scattered]
     w = 4 * d * v
-    assert program.memory_analysis().temp_size_in_bytes <= (4.1 if gather_once else 0.16) * w
+    assert program.memory_analysis().temp_size_in_bytes <= (4.2 if gather_once else 0.3) * w
 
 
 @pytest.mark.parametrize("gather_once", [None, False, True], ids=["no features", "tiles", "once"])
