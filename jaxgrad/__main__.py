@@ -60,7 +60,17 @@ A shape of two numbers is rows,classes; of three, tokens,features,classes of a f
 four, batch,length,heads,features of attention. Close what else is running: the table ends with
 how noisy the machine was.
 exit code: 0, 2 if an argument cannot be used, 130 after Ctrl-C"""
-TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "h100")
+AOT = """\
+Compiles value and gradients of kernels for a chip that is not there, by the real compiler, beside
+plain JAX: whether they compile, what memory they take, and what else the compiler tells."""
+AOT_EXAMPLES = """\
+examples:
+  pip install 'jaxgrad[aot-tpu]' && python -m jaxgrad aot --target v6e
+  pip install 'jaxgrad[aot-gpu]' && python -m jaxgrad aot --target h100
+  python -m jaxgrad aot --target a100 dot_product_attention --shape 2,4096,8,64
+
+exit code: 0, 1 if a kernel does not compile, 2 if an argument cannot be used"""
+TARGETS = ("v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "h100")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -120,26 +130,16 @@ def parser() -> argparse.ArgumentParser:
         description=TRAIN,
     )
     default = Options()
-    for name, of in (
-        ("steps", "updates of each model"),
-        ("batch", "stretches of text per update"),
-        ("context", "words per stretch"),
-        ("dim", "features of the model"),
-    ):
-        train.add_argument(
-            f"--{name}",
-            type=_at_least(1),
-            default=getattr(default, name),
-            metavar="N",
-            help=f"{of} (%(default)s)",
-        )
-    train.add_argument(
-        "--seed",
-        type=_at_least(0),
-        default=default.seed,
-        metavar="N",
-        help="of the parameters and the batches (%(default)s)",
-    )
+
+    def number(name, of, least=1, metavar="N"):
+        options = {"type": _at_least(least), "default": getattr(default, name), "metavar": metavar}
+        train.add_argument(f"--{name}", help=f"{of} (%(default)s)", **options)
+
+    number("steps", "updates of each model")
+    number("batch", "stretches of text per update")
+    number("context", "words per stretch")
+    number("dim", "features of the model")
+    number("seed", "of the parameters and the batches", least=0)
     train.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -168,20 +168,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where the processes of a mesh meet"
     )
-    train.add_argument(
-        "--processes",
-        type=_at_least(1),
-        default=default.processes,
-        metavar="N",
-        help="how many they are (%(default)s)",
-    )
-    train.add_argument(
-        "--process",
-        type=_at_least(0),
-        default=default.process,
-        metavar="I",
-        help="which of them this is (%(default)s)",
-    )
+    number("processes", "how many they are")
+    number("process", "which of them this is", least=0, metavar="I")
     train.set_defaults(run=_train)
 
     bench = _parser(
@@ -207,7 +195,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--compare", metavar="OLD.json", help="tell what changed since a run")
     bench.set_defaults(run=_bench)
 
-    aot = _parser(commands.add_parser, "aot", help="memory of kernels on a TPU that is not there")
+    aot = _parser(
+        commands.add_parser,
+        "aot",
+        epilog=AOT_EXAMPLES,
+        help="memory of kernels on a chip that is not there",
+        description=AOT,
+    )
     aot.add_argument("kernels", nargs="*", metavar="KERNEL", help="kernels to compile (all)")
     aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
     aot.add_argument("--shape", type=_shape, help="as of bench (4096,2048,131072 and 2,4096,8,128)")

@@ -10,7 +10,7 @@ import pytest
 from heads import assert_near, truth, with_gradients
 
 from jaxgrad import linear_log_probs, linear_softmax_cross_entropy
-from jaxgrad.backends.pallas_gpu import tiles
+from jaxgrad.backends.pallas_gpu import attention_blocks, tiles
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -24,13 +24,19 @@ fused = functools.partial(
 @pytest.fixture
 def small(monkeypatch):
     """Chunks, parts, ranges and blocks, and not one of each."""
-    for name, largest in tiles.LARGEST.items():
-        monkeypatch.setitem(tiles.LARGEST, name, largest._replace(feature_bytes=64, parts=2))
+    smaller = tiles.LARGEST_ELSEWHERE._replace(feature_bytes=64, parts=2)
+    monkeypatch.setattr(tiles, "LARGEST_ELSEWHERE", smaller)
     monkeypatch.setattr(tiles, "BLOCK_BYTES", 70 * T * 4)
 
 
 def problem(rng, dtype=jnp.float32):
     return heads.problem(rng, T, D, V, dtype)
+
+
+def on(gpu):
+    device = jax.sharding.AbstractDevice(platform="gpu", device_kind=gpu, num_cores=None)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def test_every_option(rng, small):
@@ -76,12 +82,18 @@ def test_derivatives_that_it_does_not_have_are_refused(rng):
     heads.assert_derivatives_refused(fused, x, w, labels)
 
 
-@pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (20, 50, 11), (300, 8, 50257)])
-@pytest.mark.parametrize("name", tiles.LARGEST)
-def test_tiles_are_as_triton_wants_them(name, t, d, v):
+def plan(name, t, d, v):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     operands = tiles.Operands(shape((t, d)), shape((d, v)), None, None, None)
-    cut = tiles.plan(name, operands, 1, None)
+    return tiles.plan(name, operands, 1, None)
+
+
+@pytest.mark.parametrize("t, d, v", [(4096, 2048, 131072), (20, 50, 11), (300, 8, 50257)])
+@pytest.mark.parametrize("name", tiles.LARGEST)
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"])
+def test_tiles_are_as_triton_wants_them(gpu, name, t, d, v):
+    with on(gpu):
+        cut = plan(name, t, d, v)
     sides = (cut.tokens, cut.classes // cut.parts, cut.features)
     assert all(size >= 16 and size & (size - 1) == 0 for size in sides)
     rows, columns = cut.tiles
@@ -90,11 +102,20 @@ def test_tiles_are_as_triton_wants_them(name, t, d, v):
     assert block % cut.classes == 0 and block * t * 2 <= tiles.BLOCK_BYTES
 
 
+@pytest.mark.parametrize(
+    "gpu, classes, queries",
+    [("NVIDIA H100 80GB HBM3", 256, 128), ("NVIDIA H200", 256, 128), ("NVIDIA A100", 128, 64)],
+)
+def test_sizes_that_were_timed_are_for_their_chip(gpu, classes, queries):
+    x = jax.ShapeDtypeStruct((2, 4096, 8, 1, 128), jnp.bfloat16)
+    with on(gpu):
+        assert plan("bars", 4096, 2048, 131072).classes == classes
+        assert attention_blocks.cut("of_queries", x, x).queries == queries
+
+
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lowers_for_a_gpu_on_any_machine(dtype, platform):
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     t, d, v = 4000, 256, 100_000
     labels = jax.ShapeDtypeStruct((t,), jnp.int32)
@@ -115,7 +136,7 @@ def test_lowers_for_a_gpu_on_any_machine(dtype, platform):
         )
 
     f = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
-    with jax.sharding.use_abstract_mesh(mesh):
+    with on("NVIDIA H100 80GB HBM3"):
         traced = f.trace(shape((t, d)), shape((d, v)), shape((v,)), labels)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert program.count("stablehlo.custom_call @__gpu$xla.gpu.triton") in (2, 3)

@@ -5,25 +5,26 @@ import importlib.util
 import pytest
 
 from jaxgrad import __main__, machine
-from jaxgrad.bench import aot, cycles
+from jaxgrad.bench import aot, aot_gpu, cycles
 
-needs_compiler = pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="the plugin for CUDA, which has the compiler, is not installed",
 )
 
 
-def test_every_target_of_the_command_line_has_a_topology_or_tells_why_not(capsys):
-    for target in set(__main__.TARGETS) - set(aot.TOPOLOGIES):
-        assert __main__.main(["aot", "--target", target]) == 2
-        assert (
-            f"{target} needs the compiler of pip install 'jaxgrad[cuda]'" in capsys.readouterr().err
-        )
+def test_every_target_of_the_command_line_has_a_compiler():
+    assert set(__main__.TARGETS) == set(aot.COMPILERS)
 
 
-def test_without_the_compiler_it_names_the_line_that_adds_it(monkeypatch, capsys):
+@pytest.mark.parametrize("target, extra", [("v5e", "aot-tpu"), ("h100", "aot-gpu")])
+def test_without_the_compiler_it_names_the_line_that_adds_it(target, extra, monkeypatch, capsys):
     monkeypatch.setattr(machine, "version", lambda package: None)
-    assert __main__.main(["aot", "--target", "v5e"]) == 2
-    assert "pip install 'jaxgrad[aot-tpu]'" in capsys.readouterr().err
+    assert __main__.main(["aot", "--target", target]) == 2
+    assert f"pip install 'jaxgrad[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,9 @@ def test_without_the_compiler_it_names_the_line_that_adds_it(monkeypatch, capsys
         (["--soft-cap", "0"], "--soft-cap must be above 0, got 0.0"),
     ],
 )
-def test_what_it_cannot_compile_is_refused(arguments, why, capsys):
-    assert __main__.main(["aot", "--target", "v5e", *arguments]) == 2
+@pytest.mark.parametrize("target", ["v5e", "a100"])
+def test_what_it_cannot_compile_is_refused(target, arguments, why, capsys):
+    assert __main__.main(["aot", "--target", target, *arguments]) == 2
     assert why in capsys.readouterr().err
 
 
@@ -93,7 +95,7 @@ def test_words_of_a_loop_in_a_loop():
     assert cycles.bundles(WORDS) == 2 + 10 * (3 + 4 * 2)
 
 
-@needs_compiler
+@needs_libtpu
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
 @pytest.mark.parametrize(
     "kernel, shape",
@@ -104,3 +106,51 @@ def test_a_kernel_compiles(kernel, shape, target, capsys):
     assert __main__.main(command) == 0
     plain, xla, pallas = capsys.readouterr().out.splitlines()[3:6]
     assert [float(row.split()[-1]) > 0 for row in (plain, xla, pallas)] == [False, False, True]
+
+
+LOG = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'attend' for 'sm_90a'
+ptxas info    : Function properties for attend
+    112 bytes stack frame, 104 bytes spill stores, 108 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 112 bytes cumulative stack size
+ptxas info    : Compile time = 329.446 ms
+ptxas info    : Compiling entry function 'attend__1' for 'sm_90a'
+ptxas info    : Function properties for attend__1
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 16 registers, used 0 barriers
+"""
+CALL = """\
+  %a = f32[8] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={\
+grid_x = 1 : i32, ir = "ML\\EFR, name = \\22z\\22", name = "attend", num_stages = 2 : i32}
+  %b = f32[8] custom-call(%a), custom_call_target="__cublas$gemm", backend_config={}
+"""
+
+
+def test_what_ptxas_says_of_each_kernel():
+    assert aot_gpu.usage(LOG) == {"attend": (255, 212), "attend__1": (16, 0)}
+
+
+def test_the_pallas_kernels_of_a_program_are_told_apart_from_others(tmp_path, monkeypatch):
+    (tmp_path / "program.ptx").write_text(".target sm_90a")
+    monkeypatch.setattr(aot_gpu, "_assembled", lambda ptx: LOG.replace("16 reg", "256 reg"))
+    assert aot_gpu.told("h100", CALL, tmp_path) == ("256", "212")
+    assert aot_gpu.told("h100", CALL.replace("attend", "other"), tmp_path) == ("not told",) * 2
+    newer = 'custom_call_target="triton_kernel_call_ffi", backend_config={name = "other"}'
+    assert aot_gpu.told("h100", newer, tmp_path) == ("not told",) * 2
+    assert aot_gpu.told("h100", "", tmp_path) == ("", "")
+
+
+@needs_cuda
+@pytest.mark.parametrize("target", ["a100", "h100"])
+@pytest.mark.parametrize(
+    "kernel, shape",
+    [("linear_softmax_cross_entropy", "256,256,4096"), ("dot_product_attention", "1,1000,2,64")],
+)
+def test_a_kernel_compiles_for_a_gpu(kernel, shape, target, capsys):
+    assert __main__.main(["aot", "--target", target, kernel, "--shape", shape]) == 0
+    plain, xla, pallas = (row.split() for row in capsys.readouterr().out.splitlines()[3:6])
+    assert len(plain) == len(xla) == len(pallas) - 2
+    registers, spilled = map(int, pallas[-2:])
+    assert 32 < registers <= 255
+    assert target == "h100" or spilled == 0

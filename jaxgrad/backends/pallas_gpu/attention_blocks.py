@@ -12,16 +12,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxgrad.backends.pallas_gpu import chips
+
 SMALLEST = 16  # side of a product
 WIDEST = 256  # head: wider ones would not fit in registers
 
 # Queries, keys, warps and stages of the pipeline, by kernel and padded size of a head. In 16 bits,
 # those of 64 and 128 were the fastest of eight or nine on an H100, causal, for T = 4096. The rest
-# were not timed; they are small so that registers hold them.
+# were not timed. They are small for the sake of registers; elsewhere, those of an A100 hold them.
 SIZES = {
     "forward": {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
     "of_queries": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "of_keys": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
+}
+SIZES_ELSEWHERE = {
+    "forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    "of_queries": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
+    "of_keys": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
 }
 SIZES_FLOAT32 = {
     "forward": {64: (64, 32, 8, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
@@ -60,7 +67,8 @@ class Side(NamedTuple):
 def cut(name: str, q: Any, v: Any) -> Cut:
     """The blocks of the kernel ``name``, for ``q`` and ``v`` as the kernels take them."""
     width = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
-    table = SIZES_FLOAT32 if q.dtype.itemsize == 4 else SIZES
+    of_16_bits = SIZES if chips.is_hopper() else SIZES_ELSEWHERE
+    table = SIZES_FLOAT32 if q.dtype.itemsize == 4 else of_16_bits
     rows, columns, warps, stages = table[name][width]
     return Cut(min(rows, padded(q.shape[1])), min(columns, padded(v.shape[1])), warps, stages)
 

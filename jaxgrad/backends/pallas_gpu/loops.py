@@ -75,6 +75,7 @@ def sums(
     padded = plan.tiles[0] * plan.tokens
     out = _call(
         kernel,
+        "sums",
         plan,
         operands,
         interpret,
@@ -129,6 +130,7 @@ def bars(
     total = jax.ShapeDtypeStruct((rows, columns * plan.classes), jnp.float32)
     x_bar, totals = _call(
         kernel,
+        "bars",
         plan,
         operands,
         interpret,
@@ -142,7 +144,7 @@ def bars(
     return x_bar, totals.sum(0)[: plan.v] if sums_columns else None
 
 
-def _call(kernel, plan, operands, interpret, grid, out_shape, out_specs):
+def _call(kernel, name, plan, operands, interpret, grid, out_shape, out_specs):
     inputs = operands._replace(
         rows=jax.tree.map(lambda z: z[:, 0], operands.rows),
         scalars=jax.tree.map(lambda z: z.reshape(1), operands.scalars),
@@ -155,6 +157,7 @@ def _call(kernel, plan, operands, interpret, grid, out_shape, out_specs):
         out_shape=(out_shape,),
         compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages),
         interpret=interpret,
+        name=f"linear_softmax_cross_entropy_{name}",
     )(inputs)[0]
 
 
