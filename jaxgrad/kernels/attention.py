@@ -257,7 +257,7 @@ def _backward(band, q, k, v, terms, masks, o_bar, mean, m, excess, narrow=numeri
 
         carry = (*zeros((k, v)), terms_bar)
         (k_bar, v_bar, terms_bar), q_bar = plan.over_queries(block, carry, at)
-        of_scale = dot_each(q_bar, q).sum()
+        of_scale = (q_bar * numerics.widen(q)).sum()
         terms_bar = terms_bar._replace(scale=terms_bar.scale + of_scale)
         bars = terms.scale * q_bar, terms.scale * k_bar, v_bar
         return terms_bar, tuple(map(narrow, bars, (q, k, v)))

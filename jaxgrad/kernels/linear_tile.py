@@ -149,7 +149,7 @@ def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tup
 
 
 def _gap(plan, rule, x, at, inside, top, where):
-    """How far the class ``at`` is below the ``top`` of each token; 0 where it is not in the tile."""
+    """How far the class ``at`` is below the ``top`` of each token, 0 if it is not in the tile."""
     if plan.implementation != "xla" or backends.platform() != "cpu":
         of_all = -row_rule.below(rule, x, top, where)
         t = lax.broadcasted_iota(jnp.int32, x.shape, 1) == at

@@ -191,7 +191,7 @@ def test_products_hold_two_tiles_where_the_gradient_holds_one(reduction, unoptim
 
 def test_reverse_mode_needs_the_memory_of_the_rule(unoptimised):
     """In bfloat16, where a whole w̄ in float32 would show."""
-    x, w = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((256, 256), (256, 16384)))
+    x, w = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((256, 256), (256, 32768)))
     labels = jax.ShapeDtypeStruct((256,), "int32")
 
     def peak(module):
