@@ -28,17 +28,19 @@ from jaxgrad.backends.pallas_tpu.tiles import Gradients, Operands
 def sums(
     start: Callable[[int], Any],
     body: Callable[..., Any],
+    merge: Callable[[Any, Any, Any], Any],
     operands: Operands,
     vocab_axis: int,
     tile: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> Any:
-    """Sums over classes: ``carry = body(carry, operands, column, where)`` at each tile.
+    """Sums over classes: ``carry = merge(scalars, carry, body(operands, column, where))``.
 
     Args:
       start: The carry for so many tokens before any class: arrays of [tokens, 1].
       body: Given the operands of a tile, the first class of it, and which of its entries exist,
-        ``bool[tokens, classes]``, None for all.
+        ``bool[tokens, classes]``, None for all: what the tile adds, arrays of [tokens, 1].
+      merge: Adds it, entry by entry: the arrays come turned, [1, tokens], so as to fill registers.
       operands: Of the whole.
       vocab_axis: The axis of ``operands.w`` that counts classes.
       tile: Tokens and classes of a tile; None to choose.
@@ -48,21 +50,22 @@ def sums(
       The carry for all tokens.
     """
     plan = tiles.for_sums(tiles.plan(operands, vocab_axis, interpret), tile)
-    zero = jax.eval_shape(lambda: start(plan.tokens))
+    zero = jax.eval_shape(lambda: _turned(start(plan.tokens)))
 
     def kernel(operands, out, carry):
         j = pl.program_id(1)
 
         @pl.when(j == 0)
         def _():
-            _write(carry, start(plan.tokens))
+            _write(carry, _turned(start(plan.tokens)))
 
         tile, where = _read_operands(operands), _exists(plan, None, j)
-        _write(carry, body(_read(carry), tile, j * plan.classes, where))
+        more = _turned(body(tile, j * plan.classes, where))
+        _write(carry, merge(tile.scalars, _read(carry), more))
 
         @pl.when(j == pl.num_programs(1) - 1)
         def _():
-            _write(out, jax.tree.map(lambda z: z[:, 0], _read(carry)))
+            _write(out, _read(carry))
 
     out = _call(
         kernel,
@@ -71,12 +74,12 @@ def sums(
         operands,
         grid=plan.tiles,
         at=lambda i, j: (i, j),
-        outputs=jax.tree.map(lambda z: jax.ShapeDtypeStruct((plan.t,), z.dtype), zero),
-        out_specs=jax.tree.map(lambda _: pl.BlockSpec((plan.tokens,), lambda i, j: (i,)), zero),
+        outputs=jax.tree.map(lambda z: jax.ShapeDtypeStruct((1, plan.t), z.dtype), zero),
+        out_specs=jax.tree.map(lambda _: pl.BlockSpec((1, plan.tokens), lambda i, j: (0, i)), zero),
         scratch=jax.tree.map(lambda z: pltpu.VMEM(z.shape, z.dtype), zero),
         products=1,
     )
-    return jax.tree.map(lambda z: z[:, None], out)
+    return _turned(out)
 
 
 def gradients(
@@ -226,6 +229,10 @@ def _block_of_w(plan, at):
     if plan.vocab_axis == 1:
         return pl.BlockSpec((plan.d, plan.classes), lambda *g: (0, at(*g)[1]))
     return pl.BlockSpec((plan.classes, plan.d), lambda *g: (at(*g)[1], 0))
+
+
+def _turned(columns):
+    return jax.tree.map(jnp.transpose, columns)
 
 
 def _read(refs):

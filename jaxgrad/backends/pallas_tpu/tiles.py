@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # of which a tile has a multiple
-LARGEST = {"sums": (1024, 512), "gradients": (512, 512)}  # tiles: tokens, classes
+LARGEST = {"sums": (512, 2048), "gradients": (1024, 1024)}  # tiles: tokens, classes
 SMALLEST_VMEM = 16 * 2**20  # of the chips that there are
 USABLE = 0.8  # of VMEM; the rest is the compiler's
 SMALLEST = 256 * 256  # entries of a tile; rather than smaller ones, tokens come in blocks
-LIVE = 8  # float32 tiles of tokens × classes that a body holds at a time
+LIVE = 5  # float32 tiles of tokens × classes that a body holds at a time
 
 
 class Operands(NamedTuple):
