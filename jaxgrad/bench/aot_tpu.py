@@ -62,8 +62,12 @@ def told(target: str, program: str, dump: Path) -> tuple[str, ...]:
     count, calls = cycles.estimate(program)
     words = [times * _words(kernel) for kernel, times in calls.items()]
     clock = cycles.CLOCK_GHZ.get(target)
-    ms = lambda count: "" if clock is None else f"{count / clock / 1e6:.1f}"
+    ms = lambda count: "" if clock is None else _rounded(count / clock / 1e6)
     return ms(count), ms(sum(words)) if all(words) else "not told"
+
+
+def _rounded(ms):
+    return f"{ms:.1f}" if ms == 0 or ms >= 1 else f"{ms:.2g}"
 
 
 @functools.cache
