@@ -24,9 +24,9 @@ COLUMNS = ("XLA, ms", "Mosaic, ms")
 CAVEAT = """\
 ms: cycles at the clock of the chip, without waits for memory. XLA: the compiler's estimate of what
 it compiles itself, loops as often as they run, of branches the longest: tiles of attention that
-causality hides count. Mosaic: the words that the Pallas kernels issue, as if each step of a grid
-did all that any does: hidden tiles count here too. Whether one core of a v4 or v5p is meant, or
-both, it does not tell."""
+causality hides count. Mosaic: the words that the Pallas kernels issue, without waits for products,
+as if each step of a grid did all that any does: hidden tiles count here too. Whether one core of a
+v4 or v5p is meant, or both, it does not tell."""
 DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 
 

@@ -11,7 +11,6 @@ Where the gradient of x is too large to stay, tokens come in blocks, a call each
 handed from call to call in float32, the one array of its size beside the result.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,19 +101,27 @@ def gradients(
     """
     plan = tiles.plan(operands, vocab_axis, interpret)
     plan, size = tiles.for_gradients(plan, dtypes, tile)
-    whole = size >= plan.t
-    blocks: list[Gradients] = []
-    for row in range(0, plan.t, size):
-        some = lambda z, row=row: z if whole else z[row : row + size]
-        part = operands._replace(x=some(operands.x), rows=jax.tree.map(some, operands.rows))
-        kept = dtypes if whole or dtypes.w is None else dtypes._replace(w=jnp.float32)
-        blocks.append(_block(body, part, kept, plan, blocks[-1].w if blocks else None))
-    return Gradients(
-        dtypes.x and jnp.concatenate([block.x for block in blocks]).astype(dtypes.x),
-        dtypes.w and blocks[-1].w.astype(dtypes.w),
-        dtypes.bias
-        and functools.reduce(jnp.add, [block.bias for block in blocks]).astype(dtypes.bias),
-    )
+    if size >= plan.t:
+        return _block(body, operands, dtypes, plan, None)
+    handed_on = dtypes if dtypes.w is None else dtypes._replace(w=jnp.float32)
+    count = plan.t // size
+
+    def block(w_bar, some):
+        part = operands._replace(x=some[0], rows=some[1])
+        bars = _block(body, part, handed_on, plan, w_bar)
+        return bars.w, (bars.x, bars.bias)
+
+    zero = None if dtypes.w is None else jnp.zeros_like(operands.w, jnp.float32)
+    given = operands.x, operands.rows
+    full = jax.tree.map(lambda z: z[: count * size].reshape(count, size, -1), given)
+    w_bar, (x_bar, bias_bar) = lax.scan(block, zero, full)
+    x_bar = None if x_bar is None else x_bar.reshape(count * size, -1)
+    bias_bar = None if bias_bar is None else bias_bar.sum(0)
+    if plan.t % size:
+        w_bar, last = block(w_bar, jax.tree.map(lambda z: z[count * size :], given))
+        x_bar = None if x_bar is None else jnp.concatenate([x_bar, last[0]])
+        bias_bar = None if bias_bar is None else bias_bar + last[1]
+    return _cast(Gradients(x_bar, w_bar, bias_bar), dtypes)
 
 
 def _block(body, operands, dtypes, plan, before):
@@ -183,7 +190,7 @@ def _block(body, operands, dtypes, plan, before):
         )[1:],
         products=1 + sum(z is not None for z in dtypes[:2]),
     )
-    return bars._replace(x=None if bars.x is None else bars.x[: plan.t])
+    return _cast(bars._replace(x=None if bars.x is None else bars.x[: plan.t]), dtypes)
 
 
 def _call(kernel, plan, name, operands, *before, grid, at, outputs, out_specs, scratch, products):
@@ -229,6 +236,12 @@ def _block_of_w(plan, at):
     if plan.vocab_axis == 1:
         return pl.BlockSpec((plan.d, plan.classes), lambda *g: (0, at(*g)[1]))
     return pl.BlockSpec((plan.classes, plan.d), lambda *g: (at(*g)[1], 0))
+
+
+def _cast(bars, dtypes):
+    return Gradients(
+        *(None if z is None else z.astype(to) for z, to in zip(bars, dtypes, strict=True))
+    )
 
 
 def _turned(columns):
