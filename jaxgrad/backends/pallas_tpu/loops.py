@@ -103,7 +103,8 @@ def gradients(
     plan, size = tiles.for_gradients(plan, dtypes, tile)
     if size >= plan.t:
         return _block(body, operands, dtypes, plan, None)
-    handed_on = dtypes if dtypes.w is None else dtypes._replace(w=jnp.float32)
+    wide = jnp.dtype(jnp.float32)
+    handed_on = dtypes._replace(w=dtypes.w and wide, bias=dtypes.bias and wide)
     count = plan.t // size
 
     def block(w_bar, some):
