@@ -206,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     aot.add_argument("--target", required=True, choices=TARGETS, help="the chip")
     aot.add_argument("--shape", type=_shape, help="as of bench (4096,2048,131072 and 2,4096,8,128)")
     aot.add_argument("--soft-cap", type=float, help="soft-cap of the logits (none)")
+    aot.add_argument("--alone", action="store_true", help="without plain JAX and 'xla' beside them")
     aot.set_defaults(run=_aot)
 
     info = _parser(commands.add_parser, "info", help="versions, devices and kernels")
@@ -278,7 +279,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _aot(arguments: argparse.Namespace) -> int:
     from jaxgrad.bench.aot import aot
 
-    return aot(arguments.target, arguments.kernels or None, arguments.shape, arguments.soft_cap)
+    a = arguments
+    return aot(a.target, a.kernels or None, a.shape, a.soft_cap, a.alone)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ Where one entry wins, S is 1 plus a few tiny terms and S - 1 has no digits left.
 summed over the *others*. S < 3/2 proves that exactly one e_i is above 1/2; from S = 5/4 on, S - 1
 has lost two bits at most, and is taken as it is:
 
-    excess = Σ e_i (1 - ⌊e_i + 1/2⌋)           where |S - 1| < 1/4                    (3)
+    excess = Σ of the e_i ≤ 1/2                where |S - 1| < 1/4                    (3)
 
 An empty row (no entry above -inf) has m = -inf, S = 0, excess = -1: its lse is -inf, its σ 0. Two
 parts of a row, known by (m, excess), merge with h the part of the larger maximum, l the other:
@@ -185,8 +185,8 @@ def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) ->
 
     def others() -> Array:  # (3)
         e = jnp.exp(below())
-        lost = 1 - jnp.floor(e + 0.5)
-        return jnp.where(won(excess), (e * lost).sum(axis, keepdims=True), excess)
+        rest = jnp.where(e > 0.5, 0, e).sum(axis, keepdims=True)
+        return jnp.where(won(excess), rest, excess)
 
     return if_any(won(excess), others, lambda: excess) if branches else others()
 

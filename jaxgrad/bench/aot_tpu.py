@@ -24,9 +24,9 @@ COLUMNS = ("XLA, ms", "Mosaic, ms")
 CAVEAT = """\
 ms: cycles at the clock of the chip, without waits for memory. XLA: the compiler's estimate of what
 it compiles itself, loops as often as they run, of branches the longest: tiles of attention that
-causality hides count. Mosaic: the words that the Pallas kernels issue, as if each step of a grid
-did all that any does: hidden tiles count here too. Whether one core of a v4 or v5p is meant, or
-both, it does not tell."""
+causality hides count. Mosaic: the words that the Pallas kernels issue, without waits for products,
+as if each step of a grid did all that any does: hidden tiles count here too. Whether one core of a
+v4 or v5p is meant, or both, it does not tell."""
 DUMP = "--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 
 
@@ -62,8 +62,12 @@ def told(target: str, program: str, dump: Path) -> tuple[str, ...]:
     count, calls = cycles.estimate(program)
     words = [times * _words(kernel) for kernel, times in calls.items()]
     clock = cycles.CLOCK_GHZ.get(target)
-    ms = lambda count: "" if clock is None else f"{count / clock / 1e6:.1f}"
+    ms = lambda count: "" if clock is None else _rounded(count / clock / 1e6)
     return ms(count), ms(sum(words)) if all(words) else "not told"
+
+
+def _rounded(ms):
+    return f"{ms:.1f}" if ms == 0 or ms >= 1 else f"{ms:.2g}"
 
 
 @functools.cache

@@ -34,14 +34,15 @@ def stream(plan: Plan, head: Head, tokens: Tokens, rule: Rule) -> Sums:
     def start(size):
         return linear_tile.nothing(plan, tokens._replace(x=jnp.zeros((size, 1))), rule)
 
-    def body(so_far, tile, column, where):
-        some = Tokens(tile.x, tile.rows, where)
+    def body(tile, column, where):
         size = tile.w.shape[plan.vocab_axis]
-        layer = Head(tile.w, tile.bias)
-        return linear_rows.visit(plan, layer, some, tile.scalars, so_far, column, size)[0]
+        x = linear_tile.logits(plan, Head(tile.w, tile.bias), tile.x, column, size)
+        some = Tokens(tile.x, tile.rows, where)
+        return linear_tile.measure(plan, some, tile.scalars, x, column)
 
     operands = loops.Operands(tokens.x, *head, tokens.labels, rule)
-    return loops.sums(start, body, operands, plan.vocab_axis, plan.tile, _interpret(plan))
+    way = plan.vocab_axis, plan.tile, _interpret(plan)
+    return loops.sums(start, body, linear_rows.merge, operands, *way)
 
 
 def pull_back(

@@ -150,14 +150,16 @@ def measure(plan: Plan, tokens: Tokens, rule: Rule, x: Array, start: Any) -> tup
 
 def _gap(plan, rule, x, at, inside, top, where):
     """How far the class ``at`` is below the ``top`` of each token, 0 if it is not in the tile."""
+    some = None
     if plan.implementation != "xla" or backends.platform() != "cpu":
-        of_all = -row_rule.below(rule, x, top, where)
         t = lax.broadcasted_iota(jnp.int32, x.shape, 1) == at
-        return jnp.where(t, of_all, 0).sum(1, keepdims=True)
-    at = jnp.where(inside, at, 0)  # picked: no pass over the tile, which would not fuse there
-    pick = lambda z: jnp.take_along_axis(z, at, 1)
-    some = None if where is None else pick(jnp.broadcast_to(where, x.shape))
-    return jnp.where(inside, -row_rule.below(rule, pick(x), top, some), 0)
+        chosen = jnp.where(t, numerics.masked(x, where), 0).sum(1, keepdims=True)
+    else:  # picked: no pass over the tile, which would not fuse there
+        at = jnp.where(inside, at, 0)
+        chosen = jnp.take_along_axis(x, at, 1)
+        if where is not None:
+            some = jnp.take_along_axis(jnp.broadcast_to(where, x.shape), at, 1)
+    return jnp.where(inside, -row_rule.below(rule, chosen, top, some), 0)
 
 
 def merge_shards(

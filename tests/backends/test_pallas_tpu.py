@@ -44,11 +44,9 @@ def test_ignored_and_unknown_tokens_under_a_mean(rng):
 def test_tokens_in_blocks_where_their_gradient_is_too_large(rng, monkeypatch):
     x, w, bias, labels, bar = problem(rng, t=300)
     monkeypatch.setattr(tiles, "vmem_bytes", lambda: 2**19)
-    plan, size = tiles.for_gradients(
-        tiles.plan(tiles.Operands(x, w, None, None, None), 1, True),
-        tiles.Gradients(x.dtype, w.dtype, None),
-        TILE,
-    )
+    operands = tiles.Operands(x, w, bias, None, None)
+    dtypes = tiles.Gradients(x.dtype, w.dtype, bias.dtype)
+    plan, size = tiles.for_gradients(tiles.plan(operands, 1, True), dtypes, TILE)
     assert (plan.tokens, plan.classes) == TILE
     assert size < 300
     f = lambda x, w, bias: (

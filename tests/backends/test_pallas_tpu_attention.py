@@ -56,16 +56,17 @@ def test_keys_in_stretches_where_their_gradients_are_too_large(rng, monkeypatch)
     assert_near(with_gradients(interpreted, *given), truth(*given), 1e-6)
 
 
-def test_memory_that_nobody_wrote_is_not_read(rng, monkeypatch):
+@pytest.mark.parametrize("t, s", [(T, S), (256, 256)], ids=["ragged", "in place"])
+def test_memory_that_nobody_wrote_is_not_read(t, s, rng, monkeypatch):
     monkeypatch.setattr(backends, "platform", lambda: "tpu")
-    given = problem(rng, b=1, t=T, s=S, n=1, k=1, h=16, d=24)
-    ids = np.arange(S)[None] // 90
-    options = {"is_causal": True, "segment_ids": (ids[:, :T], ids), "return_residual": True}
+    given = problem(rng, b=1, t=t, s=s, n=2, k=1, h=16, d=24)
+    ids = np.arange(s)[None] // 90
+    options = {"is_causal": True, "segment_ids": (ids[:, :t], ids), "return_residual": True}
     f = functools.partial(dot_product_attention, implementation="pallas_tpu", **options)
     interpreter = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     with pltpu.force_tpu_interpret_mode(interpreter):
         out = with_gradients(f, *given)
-    seen = np.tri(T, S, dtype=bool) & (ids[0, :T, None] == ids[0, None, :])
+    seen = np.tri(t, s, dtype=bool) & (ids[0, :t, None] == ids[0, None, :])
     assert_near(out, truth(*given, seen), 1e-6)
 
 

@@ -2,10 +2,11 @@
 
 import importlib.util
 
+import jax
 import pytest
 
 from jaxgrad import __main__, machine
-from jaxgrad.bench import aot, aot_gpu, cycles
+from jaxgrad.bench import aot, aot_gpu, aot_tpu, cycles
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
@@ -40,6 +41,23 @@ def test_without_the_compiler_it_names_the_line_that_adds_it(target, extra, monk
 def test_what_it_cannot_compile_is_refused(target, arguments, why, capsys):
     assert __main__.main(["aot", "--target", target, *arguments]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_what_is_made_for_the_chip_is_compiled_alone_and_a_failure_told(monkeypatch, capsys):
+    def too_small(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, 17.89G")
+
+    monkeypatch.setattr(aot_tpu, "device", lambda target: None)
+    for compiles, alone, expected in ((lambda *_: " 1.0", True, 0), (too_small, False, 1)):
+        monkeypatch.setattr(aot, "_compile", compiles)
+        command = ["aot", "--target", "v5e", "dot_product_attention", *["--alone"] * alone]
+        assert __main__.main(command) == expected
+        rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]
+        if alone:
+            assert [row.split() for row in rows] == [["dot_product_attention", "pallas_tpu", "1.0"]]
+        else:
+            assert len(rows) == 3
+            assert all("  Ran out of memory on HBM, 17.89G" in row for row in rows)
 
 
 PROGRAM = """\

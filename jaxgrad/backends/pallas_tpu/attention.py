@@ -144,22 +144,24 @@ def backward(
         spec = pl.BlockSpec(block, at, pipeline_mode=pl.Buffered(1))
         return ShapeDtypeStruct(x.shape, x.dtype), spec
 
-    of_q = pl.BlockSpec(
-        (None, None, None, None, plan.rows, plan.width),
-        lambda b, h, c, g, i, j: (c, b, h, g, i, 0),
-    )
-    wide = q.dtype if stretches == 1 else jnp.float32
-    rows = tuple(x.mT for x in (mean, m, excess))
+    of_q = loop.of_queries(plan, plan.width), q.shape, q.dtype
+    if stretches > 1:  # a gradient from each, to be summed
+        spec = pl.BlockSpec(
+            (None, None, None, None, plan.rows, plan.width),
+            lambda b, h, c, g, i, j: (c, b, h, g, i, 0),
+        )
+        of_q = spec, (stretches, *q.shape), jnp.float32
     q_bar, k_bar, v_bar = loop.run(
         kernel,
         "backward",
         plan,
-        loop.given(q, k, v, terms, masks, o_bar, rows),
-        outputs=[(ShapeDtypeStruct((stretches, *q.shape), wide), of_q), of_keys(k), of_keys(v)],
+        loop.given(q, k, v, terms, masks, o_bar, tuple(x.mT for x in (mean, m, excess))),
+        outputs=[(ShapeDtypeStruct(*of_q[1:]), of_q[0]), of_keys(k), of_keys(v)],
         scratch=[(plan.width, plan.rows), (kept, plan.width), (kept, plan.depth)],
         products=5,
+        in_place=stretches == 1 and plan.queries % plan.rows == plan.keys % kept == 0,
     )
-    return q_bar[0] if stretches == 1 else q_bar.sum(0), k_bar, v_bar
+    return q_bar if stretches == 1 else q_bar.sum(0), k_bar, v_bar
 
 
 def _plan(band, q, k, v, interpret):

@@ -59,6 +59,7 @@ def run(
     outputs: Any,
     scratch: list[tuple[int, int]],
     products: int,
+    in_place: bool = False,
 ) -> Any:
     """Run ``kernel(given, out, scratch)`` at each step of the grid.
 
@@ -67,6 +68,8 @@ def run(
       outputs: Pairs of a ``ShapeDtypeStruct`` and its ``BlockSpec``.
       scratch: Shapes of float32 arrays in VMEM that stay from step to step.
       products: How many products of matrices a tile takes.
+      in_place: Whether the outputs take the memory of q, k and v: none of a block is read any more
+        when its output is written.
     """
 
     def tile(c, i, j):  # clamped, so that one that nobody sees is not fetched
@@ -115,6 +118,7 @@ def run(
             dimension_semantics=("parallel",) * 3 + (inner, inner, "arbitrary"),
             vmem_limit_bytes=tiles.usable(),
         ),
+        input_output_aliases={n: n for n in range(3)} if in_place else {},
         interpret=plan.interpret,
         name=f"dot_product_attention_{name}",
     )(given)[0]

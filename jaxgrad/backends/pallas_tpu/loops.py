@@ -11,7 +11,6 @@ Where the gradient of x is too large to stay, tokens come in blocks, a call each
 handed from call to call in float32, the one array of its size beside the result.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,17 +27,19 @@ from jaxgrad.backends.pallas_tpu.tiles import Gradients, Operands
 def sums(
     start: Callable[[int], Any],
     body: Callable[..., Any],
+    merge: Callable[[Any, Any, Any], Any],
     operands: Operands,
     vocab_axis: int,
     tile: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> Any:
-    """Sums over classes: ``carry = body(carry, operands, column, where)`` at each tile.
+    """Sums over classes: ``carry = merge(scalars, carry, body(operands, column, where))``.
 
     Args:
       start: The carry for so many tokens before any class: arrays of [tokens, 1].
       body: Given the operands of a tile, the first class of it, and which of its entries exist,
-        ``bool[tokens, classes]``, None for all.
+        ``bool[tokens, classes]``, None for all: what the tile adds, arrays of [tokens, 1].
+      merge: Adds it, entry by entry: the arrays come turned, [1, tokens], so as to fill registers.
       operands: Of the whole.
       vocab_axis: The axis of ``operands.w`` that counts classes.
       tile: Tokens and classes of a tile; None to choose.
@@ -48,21 +49,22 @@ def sums(
       The carry for all tokens.
     """
     plan = tiles.for_sums(tiles.plan(operands, vocab_axis, interpret), tile)
-    zero = jax.eval_shape(lambda: start(plan.tokens))
+    zero = jax.eval_shape(lambda: _turned(start(plan.tokens)))
 
     def kernel(operands, out, carry):
         j = pl.program_id(1)
 
         @pl.when(j == 0)
         def _():
-            _write(carry, start(plan.tokens))
+            _write(carry, _turned(start(plan.tokens)))
 
         tile, where = _read_operands(operands), _exists(plan, None, j)
-        _write(carry, body(_read(carry), tile, j * plan.classes, where))
+        more = _turned(body(tile, j * plan.classes, where))
+        _write(carry, merge(tile.scalars, _read(carry), more))
 
         @pl.when(j == pl.num_programs(1) - 1)
         def _():
-            _write(out, jax.tree.map(lambda z: z[:, 0], _read(carry)))
+            _write(out, _read(carry))
 
     out = _call(
         kernel,
@@ -71,12 +73,12 @@ def sums(
         operands,
         grid=plan.tiles,
         at=lambda i, j: (i, j),
-        outputs=jax.tree.map(lambda z: jax.ShapeDtypeStruct((plan.t,), z.dtype), zero),
-        out_specs=jax.tree.map(lambda _: pl.BlockSpec((plan.tokens,), lambda i, j: (i,)), zero),
+        outputs=jax.tree.map(lambda z: jax.ShapeDtypeStruct((1, plan.t), z.dtype), zero),
+        out_specs=jax.tree.map(lambda _: pl.BlockSpec((1, plan.tokens), lambda i, j: (0, i)), zero),
         scratch=jax.tree.map(lambda z: pltpu.VMEM(z.shape, z.dtype), zero),
         products=1,
     )
-    return jax.tree.map(lambda z: z[:, None], out)
+    return _turned(out)
 
 
 def gradients(
@@ -99,19 +101,28 @@ def gradients(
     """
     plan = tiles.plan(operands, vocab_axis, interpret)
     plan, size = tiles.for_gradients(plan, dtypes, tile)
-    whole = size >= plan.t
-    blocks: list[Gradients] = []
-    for row in range(0, plan.t, size):
-        some = lambda z, row=row: z if whole else z[row : row + size]
-        part = operands._replace(x=some(operands.x), rows=jax.tree.map(some, operands.rows))
-        kept = dtypes if whole or dtypes.w is None else dtypes._replace(w=jnp.float32)
-        blocks.append(_block(body, part, kept, plan, blocks[-1].w if blocks else None))
-    return Gradients(
-        dtypes.x and jnp.concatenate([block.x for block in blocks]).astype(dtypes.x),
-        dtypes.w and blocks[-1].w.astype(dtypes.w),
-        dtypes.bias
-        and functools.reduce(jnp.add, [block.bias for block in blocks]).astype(dtypes.bias),
-    )
+    if size >= plan.t:
+        return _block(body, operands, dtypes, plan, None)
+    wide = jnp.dtype(jnp.float32)
+    handed_on = dtypes._replace(w=dtypes.w and wide, bias=dtypes.bias and wide)
+    count = plan.t // size
+
+    def block(w_bar, some):
+        part = operands._replace(x=some[0], rows=some[1])
+        bars = _block(body, part, handed_on, plan, w_bar)
+        return bars.w, (bars.x, bars.bias)
+
+    zero = None if dtypes.w is None else jnp.zeros_like(operands.w, jnp.float32)
+    given = operands.x, operands.rows
+    full = jax.tree.map(lambda z: z[: count * size].reshape(count, size, -1), given)
+    w_bar, (x_bar, bias_bar) = lax.scan(block, zero, full)
+    x_bar = None if x_bar is None else x_bar.reshape(count * size, -1)
+    bias_bar = None if bias_bar is None else bias_bar.sum(0)
+    if plan.t % size:
+        w_bar, last = block(w_bar, jax.tree.map(lambda z: z[count * size :], given))
+        x_bar = None if x_bar is None else jnp.concatenate([x_bar, last[0]])
+        bias_bar = None if bias_bar is None else bias_bar + last[1]
+    return _cast(Gradients(x_bar, w_bar, bias_bar), dtypes)
 
 
 def _block(body, operands, dtypes, plan, before):
@@ -180,7 +191,7 @@ def _block(body, operands, dtypes, plan, before):
         )[1:],
         products=1 + sum(z is not None for z in dtypes[:2]),
     )
-    return bars._replace(x=None if bars.x is None else bars.x[: plan.t])
+    return _cast(bars._replace(x=None if bars.x is None else bars.x[: plan.t]), dtypes)
 
 
 def _call(kernel, plan, name, operands, *before, grid, at, outputs, out_specs, scratch, products):
@@ -226,6 +237,16 @@ def _block_of_w(plan, at):
     if plan.vocab_axis == 1:
         return pl.BlockSpec((plan.d, plan.classes), lambda *g: (0, at(*g)[1]))
     return pl.BlockSpec((plan.classes, plan.d), lambda *g: (at(*g)[1], 0))
+
+
+def _cast(bars, dtypes):
+    return Gradients(
+        *(None if z is None else z.astype(to) for z, to in zip(bars, dtypes, strict=True))
+    )
+
+
+def _turned(columns):
+    return jax.tree.map(jnp.transpose, columns)
 
 
 def _read(refs):

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # of which a tile has a multiple
-LARGEST = {"sums": (1024, 512), "gradients": (512, 512)}  # tiles: tokens, classes
+# Tiles: tokens, classes; of 32-bit arrays, half the classes, or compiling them takes minutes.
+LARGEST = {"sums": (512, 2048), "gradients": (1024, 1024)}
 SMALLEST_VMEM = 16 * 2**20  # of the chips that there are
 USABLE = 0.8  # of VMEM; the rest is the compiler's
 SMALLEST = 256 * 256  # entries of a tile; rather than smaller ones, tokens come in blocks
-LIVE = 8  # float32 tiles of tokens × classes that a body holds at a time
+LIVE = 5  # float32 tiles of tokens × classes that a body holds at a time
 
 
 class Operands(NamedTuple):
@@ -101,9 +102,11 @@ def _cuts(plan, name, tile):
     if tile is not None:
         yield plan._replace(tokens=tile[0], classes=tile[1])
         return
+    tokens, classes = LARGEST[name]
+    classes = classes * 2 // plan.itemsize
     tokens, classes = (
         min(size, LANES * math.ceil(total / LANES))
-        for size, total in zip(LARGEST[name], (plan.t, plan.v), strict=True)
+        for size, total in ((tokens, plan.t), (classes, plan.v))
     )
     while True:
         yield plan._replace(tokens=tokens, classes=classes)
