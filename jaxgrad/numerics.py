@@ -185,8 +185,9 @@ def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) ->
 
     def others() -> Array:  # (3)
         e = jnp.exp(below())
-        rest = jnp.where(e > 0.5, 0, e).sum(axis, keepdims=True)
-        return jnp.where(won(excess), rest, excess)
+        # XLA's CPU sums products without an array of them; a kernel is quicker to choose.
+        rest = e * (1 - jnp.floor(e + 0.5)) if branches else jnp.where(e > 0.5, 0, e)
+        return jnp.where(won(excess), rest.sum(axis, keepdims=True), excess)
 
     return if_any(won(excess), others, lambda: excess) if branches else others()
 

@@ -87,7 +87,7 @@ def forward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[...
     def kernel(*given):
         return backend.forward(ENTRY, band, *given, interpret)
 
-    return _instead(runs, kernel, loops)
+    return _instead(runs, kernel, lambda *given: tuple(loops(*given)))
 
 
 def backward(runs: Choice, band: Band, loops: Callable[..., Any]) -> Callable[..., Any]:

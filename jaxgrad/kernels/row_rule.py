@@ -88,10 +88,9 @@ def measure(
     """The sums of (4) and (5) over the classes of ``x``; ``t``: their targets, or None."""
     top = numerics.row_max(numerics.masked(x, where), axis)
     x = numerics.masked(x, where, 0)
+    shared = in_kernel or (t is None and numerics.is_wide(x))  # the exponential, by the gradient
 
     def d() -> Array:
-        # With the gradient it shares the exponential, in place of which that is then made.
-        shared = in_kernel or (t is None and numerics.is_wide(x))
         x_, top_, rule_ = (x, top, rule) if shared else _apart(rule, x, top)
         return below(rule_, x_, top_, where)
 
@@ -277,8 +276,7 @@ def rows_to_rule(rule: Rule, part: Part, loss_bar: Array, lse_bar: Array | None 
     if rule.temperature is not None:
         z_max = transform(rule, _unless_empty(part, part.top))
         total = _sum_of_gradient(rule, part, l_bar, lse_bar)
-        slope = -numerics.safe_multiply(total, z_max) / rule.temperature
-        bar = bar._replace(temperature=slope)
+        bar = bar._replace(temperature=-numerics.safe_multiply(total, z_max) / rule.temperature)
     return bar
 
 

@@ -32,7 +32,7 @@ def test_on_a_gpu_a_mean_computes_its_logits_anew(monkeypatch):
 def test_a_gpu_attends_with_all_heads_of_a_large_tile_at_once(monkeypatch):
     q = jax.ShapeDtypeStruct((2, 16, 1, 4096, 64), "bfloat16")
     plan = attention_tiles.Plan(q, q, attention_tiles.Band(None, 0))
-    assert (plan.batch_step, plan.heads_step, plan.rows, plan.columns) == (1, 2, 256, 512)
+    assert (plan.batch_step, plan.heads_step, plan.rows, plan.columns) == (1, 1, 512, 1024)
     monkeypatch.setattr(backends, "platform", lambda: "gpu")
     plan = attention_tiles.Plan(q, q, attention_tiles.Band(None, 0))
     assert (plan.batch_step, plan.heads_step, plan.rows, plan.columns) == (2, 16, 1024, 1024)
