@@ -134,7 +134,7 @@ def _minus_log_p(n, x):  # (1)
 
 
 def _pairs(a, b):
-    if a.shape[-1] > MANY:
+    if b.shape[-1] > MANY:
         return a * b.sum(-1, keepdims=True) - b * a.sum(-1, keepdims=True)
     return (_i(a) * _k(b) - _k(a) * _i(b)).sum(-1)
 
