@@ -82,7 +82,12 @@ def test_the_derivative_of_a_fold_is_that_of_the_loop():
 
 @pytest.mark.parametrize(
     "platform, flags, factors",
-    [("cpu", {"avx2"}, "f32"), ("cpu", {"avx2", "amx_bf16"}, "bf16"), ("tpu", {"avx2"}, "bf16")],
+    [
+        ("cpu", {"avx2"}, "f32"),
+        ("cpu", {"avx2", "amx_bf16"}, "bf16"),
+        ("cpu", {"avx2", "avx512_bf16"}, "bf16"),
+        ("tpu", {"avx2"}, "bf16"),
+    ],
 )
 def test_factors_are_rounded_where_there_is_a_product_of_16_bits(
     platform, flags, factors, monkeypatch

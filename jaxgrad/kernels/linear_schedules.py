@@ -123,7 +123,7 @@ def _other_loops(plan: Plan) -> Any:
 @_in_halves
 def _all_tiles(plan, wanted, head, tokens, rule, part, row_bars):
     zero = linear_bars.zeros(plan, wanted, head, tokens, rule)
-    turned = _turned(tokens.x)
+    turned = _turned(plan, tokens.x)
 
     def block(bars, first, size, _):
         def classes(bars, column, width, _):
@@ -201,7 +201,7 @@ def _gradients(plan, wanted, head, tokens, rule, scale):
         row_bars = linear_rows.row_bars(plan, some.labels, tiling.only(new, scale_))
         of_rows = (rule, part, row_bars)
         of_classes = sharding.lift(of_rows, plan.axis_name)
-        some = some._replace(turned=_turned(some.x))
+        some = some._replace(turned=_turned(plan, some.x))
 
         def classes(bars, column, _, x):
             return linear_tile.pull_back(
@@ -255,9 +255,9 @@ def _stream(
     return part, best, kept
 
 
-def _turned(x: Array) -> Array | None:
-    """``x`` transposed, once for all tiles: XLA's CPU is slow to contract the first of two axes."""
-    return x.T if backends.platform() == "cpu" else None
+def _turned(plan: Plan, x: Array) -> Array | None:
+    """``x`` transposed, once for all tiles, where ``linear_tile`` makes w̄ of that."""
+    return x.T if plan.vocab_axis == 1 and backends.platform() == "cpu" else None
 
 
 def _some_turned(turned: Array | None, row: Any, size: int) -> Array | None:

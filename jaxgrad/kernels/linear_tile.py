@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
     labels: Labels
     where: Array | None  # [1, v] or [t, v]
     first: Array | None = None  # [1, 1], the index of this shard's first class
-    turned: Array | None = None  # x transposed, where w̄ is to be made of that
+    turned: Array | None = None  # x transposed, where w̄ is [d, v] and to be made of that
 
 
 @jax.tree_util.register_static
@@ -243,13 +243,16 @@ def add_products(plan, wanted, bars, head, tokens, x_bar, start, x_at, w_at) -> 
 
 def _rows_product(plan, x, turned, x_bar, rounds):
     """Σ_i h_i x̄_ij, as w lies."""
-    if turned is None:
-        pair = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
-        return _dot(plan, pair[0], 0, pair[1], 0, rounds)
-    # Were a transpose folded into it, XLA's CPU might be left a product that it cannot run.
-    turned = lax.optimization_barrier(turned)
-    w_bar = _dot(plan, turned, 1, x_bar, 0, rounds)
-    return w_bar if plan.vocab_axis == 1 else lax.optimization_barrier(w_bar).T
+    # XLA's CPU is slow to contract the first axis of the left factor, so that is transposed. Were
+    # the transpose folded into the product, XLA might be left one that it cannot run.
+    if turned is not None:
+        return _dot(plan, lax.optimization_barrier(turned), 1, x_bar, 0, rounds)
+    if plan.vocab_axis == 1:
+        return _dot(plan, x, 0, x_bar, 0, rounds)
+    if plan.implementation == "xla" and backends.platform() == "cpu":
+        x_bar = tiling.factor(x_bar, x.dtype) if rounds else x_bar
+        return _dot(plan, lax.optimization_barrier(x_bar.T), 1, x, 0, rounds)
+    return _dot(plan, x_bar, 0, x, 0, rounds)
 
 
 def bar_dtype(plan: Plan, x: Array) -> Any:

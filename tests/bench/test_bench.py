@@ -74,17 +74,19 @@ def test_error_of_a_wide_loss_counts_narrow_units():
 def test_times_are_taken_in_turn(monkeypatch):
     clock, order = [0.0], []
     monkeypatch.setattr(race.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(race.time, "sleep", lambda seconds: order.append(seconds))
 
     def call(name, seconds):
         def run():
             order.append(name)
-            clock[0] += seconds * (2 if len(order) > 6 else 1)  # the machine slows down
+            clock[0] += seconds * (2 if len(order) > 12 else 1)  # the machine slows down
 
         return run
 
-    times = race.run({"a": call("a", 1.0), "b": call("b", 3.0)}, seconds=20)
-    assert order == ["a", "b"] * 6
-    assert len(times["a"]) == 5
+    times = race.run({"a": call("a", 1.0), "b": call("b", 3.0)}, seconds=20 * (1 + race.PAUSE))
+    quick, slow = ["a", race.PAUSE, "b", 3 * race.PAUSE], ["a", 2 * race.PAUSE, "b", 6 * race.PAUSE]
+    assert order == quick * 3 + slow * 2
+    assert list(times["a"]) == [1, 1, 1, 2, 2]
     assert race.ratio(times["b"], times["a"]) == (3, 3, 3)
 
 
