@@ -5,7 +5,7 @@ see it: first those of which it sees every entry, which need no mask, then those
 
     forward:     for keys:     z = ⟨q, k⟩, merge    o += σ(z) v                   two products
     of queries:  for keys:     z, p̄ = ⟨ō, v⟩        q̄ += z̄ k                       three
-    of keys:     for queries:  z, p̄                 v̄ += pᵀ ō    k̄ += z̄ᵀ q          four
+    of keys:     for queries:  z    v̄ += pᵀ ō    p̄    k̄ += z̄ᵀ q                   four
 
 Nothing is added up in memory, so that results do not depend on the order in which programs run.
 Query, key, value and output have the layout of the public function, [B, T, heads, H]: to take heads
@@ -98,13 +98,13 @@ def _of_queries(entry, band, x, interpret):
     def kernel(x, out):
         rows, g = _block_of_queries(band, cut, t, group)
         q, o_bar = load(x.q, rows, g, blocks.whole(h)), load(x.o_bar, rows, g, blocks.whole(d))
-        numbers = [z[:, None] for z in _numbers(x, rows, g)]
+        mean, m, over_sum = (read()[:, None] for read in _numbers(x, rows, g))
 
         def step(q_bar, keys, edge):
-            k = load(x.k, keys, blocks.whole(h))
-            z, p_bar = _dot_heads(q, k), _dot_heads(o_bar, load(x.v, keys, blocks.whole(d)))
-            z, u = _logits(entry, band, x, z, rows, keys, g, edge)
-            _, z_bar = _pull_back(entry, z, u, p_bar, *numbers)
+            k, v = load(x.k, keys, blocks.whole(h)), load(x.v, keys, blocks.whole(d))
+            z, u = _logits(entry, band, x, _dot_heads(q, k), rows, keys, g, edge)
+            _, slope = _slope(entry, z, u, m, over_sum)
+            z_bar = slope * (_dot_heads(o_bar, v) - mean)
             return q_bar + _dot(z_bar.astype(k.dtype), k)
 
         seen = _keys_seen(band, cut, x, rows, s)
@@ -127,11 +127,12 @@ def _of_keys(entry, band, x, interpret):
             def step(bars, rows, edge):
                 k_bar, v_bar = bars
                 q, o_bar = (load(z, rows, g, blocks.whole(n)) for z, n in ((x.q, h), (x.o_bar, d)))
-                numbers = [z[None, :] for z in _numbers(x, rows, g)]
-                z, p_bar = _dot_heads(k, q), _dot_heads(v, o_bar)
+                mean, m, over_sum = _numbers(x, rows, g)
+                z = _dot_heads(k, q)
                 z, u = _logits(entry, band, x, z, rows, keys, g, edge, by_key=True)
-                p, z_bar = _pull_back(entry, z, u, p_bar, *numbers)
+                p, slope = _slope(entry, z, u, m()[None, :], over_sum()[None, :])
                 v_bar += _dot(p.astype(v.dtype), o_bar)
+                z_bar = slope * (_dot_heads(v, o_bar) - mean()[None, :])
                 return k_bar + _dot(z_bar.astype(q.dtype), q), v_bar
 
             return seen.fold(step, bars)
@@ -198,16 +199,19 @@ def _logits(entry, band, x, products, rows, keys, g, edge, by_key=False):
 
 
 def _numbers(x, rows, g):
-    """The numbers of queries; those beyond the end see no key."""
+    """What reads the numbers of queries, late: each takes registers from then on.
+
+    Queries beyond the end see no key.
+    """
     mean, m, over_sum = x.numbers
-    return load(mean, g, rows), load(m, g, rows, other=jnp.inf), load(over_sum, g, rows)
+    read = lambda ref, other: lambda: load(ref, g, rows, other=other)
+    return read(mean, 0), read(m, jnp.inf), read(over_sum, 0)
 
 
-def _pull_back(entry, z, u, p_bar, mean, m, over_sum):
-    """p and the cotangent of scale ⟨q, k⟩; m is inf, not -inf, for a query that sees no key."""
+def _slope(entry, z, u, m, over_sum):
+    """p, and z̄ / (p̄ - mean) of scale ⟨q, k⟩; m is inf, not -inf, where a query sees no key."""
     p = _exp(z - m) * over_sum
-    z_bar = p * (p_bar - mean)
-    return p, z_bar if u is None else z_bar * entry.slope(u)
+    return p, p if u is None else p * entry.slope(u)
 
 
 def _exp(x):
