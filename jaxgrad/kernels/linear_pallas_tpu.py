@@ -4,6 +4,12 @@
     backward:  for classes: for tokens: x, x̄, h̄ += x̄ w, w̄ += h x̄              three
 
 ``backends.pallas_tpu`` decides where a tile is held.
+
+Three products, by logits kept from the first loop to the second, were compiled and not adopted.
+Estimates at (4096, 2048, 131072), bfloat16, against 44 ms on v5e and 12 on v6e in 32 MiB: all
+logits in 16 bits, 33 and 10 ms, but 1056 MiB; those of 2048 tokens at a time and a float32 w̄,
+43 and 18 ms in 1024 MiB. At 16384 tokens, where w̄ is float32 anyway, the latter is 141 of 193 ms
+on v5e; but 16-bit logits that are large raised errors of gradients from 2.3e-3 to 4.1e-3.
 """
 
 from typing import Any
