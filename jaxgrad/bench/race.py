@@ -22,8 +22,8 @@ from jaxgrad.bench.torch_peers import Torch
 
 SHORTEST = 1e-3
 """Seconds below which a clock is not trusted: quicker calls are timed many at once."""
-PAUSE = 0.4
-"""After a call, as a part of its time."""
+PAUSE, LONGEST_PAUSE = 0.4, 0.25
+"""After a call, as a part of its time, and the most in seconds."""
 SAME = (512, 8192)
 """The logits of the program that is raced against itself."""
 
@@ -98,7 +98,7 @@ def run(
         found = []
         for call in calls.values():
             found.append(time_of(call, repeats))
-            time.sleep(PAUSE * repeats * found[-1])
+            time.sleep(min(PAUSE * repeats * found[-1], LONGEST_PAUSE))
         return found
 
     first = times(1)

@@ -21,7 +21,7 @@ from jaxgrad.bench.subjects import HEAD, HEADS, OURS, Shape, subjects
 from jaxgrad.terminal import InvalidInput, progress
 
 DTYPES = ("float32", "bfloat16")
-SECONDS, QUICK_SECONDS = 1.0, 0.5
+SECONDS, QUICK_SECONDS = 0.8, 0.5
 """How long the contenders of one row run."""
 
 PATIENCE = 30.0

@@ -72,22 +72,23 @@ def test_error_of_a_wide_loss_counts_narrow_units():
 
 
 def test_times_are_taken_in_turn(monkeypatch):
-    clock, order = [0.0], []
+    clock, order, pauses = [0.0], [], []
     monkeypatch.setattr(race.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(race.time, "sleep", lambda seconds: order.append(seconds))
+    monkeypatch.setattr(race.time, "sleep", pauses.append)
 
     def call(name, seconds):
         def run():
             order.append(name)
-            clock[0] += seconds * (2 if len(order) > 12 else 1)  # the machine slows down
+            clock[0] += seconds * (2 if len(order) > 6 else 1)  # the machine slows down
 
         return run
 
-    times = race.run({"a": call("a", 1.0), "b": call("b", 3.0)}, seconds=20 * (1 + race.PAUSE))
-    quick, slow = ["a", race.PAUSE, "b", 3 * race.PAUSE], ["a", 2 * race.PAUSE, "b", 6 * race.PAUSE]
-    assert order == quick * 3 + slow * 2
-    assert list(times["a"]) == [1, 1, 1, 2, 2]
+    calls = {"a": call("a", 0.125), "b": call("b", 0.375)}
+    times = race.run(calls, seconds=2.5 * (1 + race.PAUSE))
+    assert order == ["a", "b"] * 5
+    assert list(times["a"]) == [0.125] * 3 + [0.25] * 2
     assert race.ratio(times["b"], times["a"]) == (3, 3, 3)
+    np.testing.assert_allclose(pauses, [0.05, 0.15] * 3 + [0.1, race.LONGEST_PAUSE] * 2)
 
 
 def test_quick_calls_are_timed_many_at_once(monkeypatch):
