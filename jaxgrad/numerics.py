@@ -175,6 +175,15 @@ def below_max(x: Array, m: Array) -> Array:
     return widen(x) - jnp.where(m == -jnp.inf, 0, m)
 
 
+def without_empty(y: Array, s: Array, x: Array, axis: Axis) -> Array:
+    """``y`` with 0 in empty rows: there it is NaN if made of x - m, and so is the sum ``s``."""
+
+    def mended() -> Array:
+        return jnp.where(row_max(x, axis) == -jnp.inf, 0, y)
+
+    return if_any(jnp.isnan(s), mended, lambda: y)
+
+
 def row_excess(below: Callable[[], Array], axis: Axis, branches: bool = True) -> Array:
     """Excess of (1), by (3) where one entry wins; ``below()`` gives x - m.
 

@@ -182,14 +182,9 @@ def _forward(axis, axis_name, x, where):  # (1)
 
 def _at_once(axis, x, m):
     """The same, but XLA's CPU takes the maximum and the exponential in one pass over ``x``."""
-    e = jnp.exp(x - m)  # for that, with nothing in between: in an empty row it is NaN
+    e = jnp.exp(x - m)  # for that, with nothing in between
     s = e.sum(axis, keepdims=True)
-    y = e * (1 / s)
-
-    def without_empty():
-        return jnp.where(numerics.row_max(x, axis) == -jnp.inf, 0, y)
-
-    return numerics.if_any(jnp.isnan(s), without_empty, lambda: y), m, s
+    return numerics.without_empty(e * (1 / s), s, x, axis), m, s
 
 
 def _share(x, m, s):
