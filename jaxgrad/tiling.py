@@ -44,10 +44,6 @@ CPU = Room(tokens=1024, classes=2048, area=2**20, kept_tokens=512, kept_bytes=2*
 GPU = Room(tokens=4096, classes=8192, area=2**25)
 
 
-# CPUs with one of these have instructions that multiply bfloat16 and sum in float32.
-BFLOAT16 = {"amx_bf16", "avx512_bf16"}
-
-
 def room(platform: str) -> Room:
     """What ``platform`` has room for, measured on a CPU and a GPU; any other is taken for a CPU."""
     return GPU if platform == "gpu" else CPU
@@ -173,7 +169,7 @@ def multiplies(dtype: Any) -> bool:
 
     Measured: such products take a third of the time of wide ones with AMX, a half with AVX-512.
     """
-    return dtype == jnp.bfloat16 and not _cpu_flags().isdisjoint(BFLOAT16)
+    return dtype == jnp.bfloat16 and bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
 @functools.cache

@@ -243,16 +243,14 @@ def add_products(plan, wanted, bars, head, tokens, x_bar, start, x_at, w_at) -> 
 
 def _rows_product(plan, x, turned, x_bar, rounds):
     """Σ_i h_i x̄_ij, as w lies."""
-    # XLA's CPU is slow to contract the first axis of the left factor, so that is transposed. Were
-    # the transpose folded into the product, XLA might be left one that it cannot run.
-    if turned is not None:
-        return _dot(plan, lax.optimization_barrier(turned), 1, x_bar, 0, rounds)
-    if plan.vocab_axis == 1:
-        return _dot(plan, x, 0, x_bar, 0, rounds)
-    if plan.implementation == "xla" and backends.platform() == "cpu":
-        x_bar = tiling.factor(x_bar, x.dtype) if rounds else x_bar
-        return _dot(plan, lax.optimization_barrier(x_bar.T), 1, x, 0, rounds)
-    return _dot(plan, x_bar, 0, x, 0, rounds)
+    left, right = (x, x_bar) if plan.vocab_axis == 1 else (x_bar, x)
+    if plan.vocab_axis == 0 and plan.implementation == "xla" and backends.platform() == "cpu":
+        turned = (tiling.factor(left, x.dtype) if rounds else left).T
+    if turned is None:
+        return _dot(plan, left, 0, right, 0, rounds)
+    # XLA's CPU is slow to contract the first axis of the left factor. Were the transpose folded
+    # into the product, XLA might be left one that it cannot run.
+    return _dot(plan, lax.optimization_barrier(turned), 1, right, 0, rounds)
 
 
 def bar_dtype(plan: Plan, x: Array) -> Any:

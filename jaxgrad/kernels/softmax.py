@@ -182,7 +182,7 @@ def _forward(axis, axis_name, x, where):  # (1)
 
 def _at_once(axis, x, m):
     """The same, but XLA's CPU takes the maximum and the exponential in one pass over ``x``."""
-    e = jnp.exp(x - m)  # for that, with nothing in between
+    e = jnp.exp(x - m)  # for that, with nothing in between, and m of no other use
     s = e.sum(axis, keepdims=True)
     return numerics.without_empty(e * (1 / s), s, x, axis), m, s
 

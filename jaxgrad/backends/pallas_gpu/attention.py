@@ -117,7 +117,7 @@ def _of_queries(entry, band, x, interpret):
 
 def _of_keys(entry, band, x, interpret):
     (batch, t, heads, group, h), (s, d) = x.q.shape, (x.v.shape[1], x.v.shape[-1])
-    cut = blocks.cut("of_keys" if group == 1 else "of_keys of groups", x.q, x.v)
+    cut = blocks.cut("of_keys", x.q, x.v)
 
     def kernel(x, out):
         keys = blocks.side(pl.program_id(0), cut.keys, s)

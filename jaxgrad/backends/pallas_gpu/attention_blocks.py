@@ -20,24 +20,24 @@ WIDEST = 256  # head: wider ones would not fit in registers
 # Queries, keys, warps and stages of the pipeline, by kernel and padded size of a head. In 16 bits,
 # those of 64 and 128 were the fastest of eight or nine on an H100, causal, for T = 4096, when p̄ was
 # computed along with z. The rest were not timed: by ptxas, registers of an H100 hold all, and
-# elsewhere those of an A100. Where query heads share a key head, "of_keys" has fewer to spare.
+# elsewhere those of an A100. Where query heads share a key head, a kernel has fewer to spare: what
+# differs there is told apart.
 SIZES = {
     "forward": {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 4, 2)},
     "of_queries": {64: (64, 64, 4, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "of_keys": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-    "of_keys of groups": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "of_keys of groups": {128: (64, 32, 4, 2)},
 }
 SIZES_ELSEWHERE = {
     "forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
     "of_queries": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
     "of_keys": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "of_keys of groups": {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
 }
 SIZES_FLOAT32 = {
     "forward": {64: (64, 32, 8, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
     "of_queries": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 4, 1)},
     "of_keys": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
-    "of_keys of groups": {64: (32, 32, 8, 1), 128: (32, 16, 4, 1), 256: (32, 16, 4, 1)},
+    "of_keys of groups": {128: (32, 16, 4, 1), 256: (32, 16, 4, 1)},
 }
 
 
@@ -73,7 +73,10 @@ def cut(name: str, q: Any, v: Any) -> Cut:
     width = max(64, padded(q.shape[-1]), padded(v.shape[-1]))
     of_16_bits = SIZES if chips.is_hopper() else SIZES_ELSEWHERE
     table = SIZES_FLOAT32 if q.dtype.itemsize == 4 else of_16_bits
-    rows, columns, warps, stages = table[name][width]
+    sizes = table[name]
+    if q.shape[3] > 1:
+        sizes = sizes | table.get(f"{name} of groups", {})
+    rows, columns, warps, stages = sizes[width]
     return Cut(min(rows, padded(q.shape[1])), min(columns, padded(v.shape[1])), warps, stages)
 
 
